@@ -1,0 +1,178 @@
+"""The manifest ``qwen2x.json`` of a bundle: written last, read first, and what it promises checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2x.quantize.errors import BundleError
+
+MANIFEST = "qwen2x.json"
+FORMAT_VERSION = 1
+# Files up to this size are hashed on every opening; of larger ones, a sample of blocks.
+_SMALL = 32 << 20
+_BLOCK = 1 << 20
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A folder that ``export`` wrote, and its manifest."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def target(self) -> str:
+        """``onnx`` or ``mlx``."""
+        return str(self.manifest["target"])
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``: what the graph was built for."""
+        return str(self.manifest["device"])
+
+    @property
+    def dtype(self) -> str:
+        """Float type of activations and cache."""
+        return str(self.manifest["dtype"])
+
+    @property
+    def scheme(self) -> str:
+        """For example ``int4-g32``, or ``float``."""
+        return str(self.manifest["scheme"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of all matrices over their parameters."""
+        return float(self.manifest["bits_per_weight"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; the tokenizer may know fewer."""
+        return int(self.manifest["config"]["vocab_size"])
+
+    @property
+    def max_context(self) -> int:
+        """Positions that the bundle can be used for."""
+        return int(self.manifest["rope"]["max_context"])
+
+    @property
+    def cache(self) -> Mapping[str, Any]:
+        """layers, num_key_value_heads, head_dim, dtype, layout."""
+        cache: Mapping[str, Any] = self.manifest["cache"]
+        return cache
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return tuple(self.manifest["eos_token_ids"])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return int(self.manifest["weight_bytes"])
+
+
+def open_bundle(folder: Path, *, verify: bool = False) -> Bundle:
+    """Reads the manifest and checks the files against it.
+
+    Sizes are checked always, small files and samples of large ones are hashed always, everything
+    is hashed with ``verify``.
+
+    Raises:
+        BundleError: no bundle, a newer format, a file missing, cut, swapped, a link, or outside.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is no bundle (it has no {MANIFEST}); make one with qwen2x export"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is damaged ({error!r}); export the bundle again") from None
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} has format version {version}, expected {FORMAT_VERSION}; "
+            "export it again with this qwen2x"
+        )
+    for name, promised in files.items():
+        _check_file(folder, name, promised, verify)
+    return Bundle(folder=folder, manifest=manifest)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder claims to be a bundle."""
+    return (folder / MANIFEST).is_file()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and hashes of every file of a folder, for the manifest."""
+    described = {}
+    for path in sorted(folder.iterdir()):
+        entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        if entry["bytes"] > _SMALL:
+            entry["sample_sha256"] = _sample_sha256(path)
+        described[path.name] = entry
+    return described
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Replaces the manifest in one step; also used by ``validate`` to record quality."""
+    temporary = folder / f".{MANIFEST}.new"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / MANIFEST)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:size])
+    return digest.hexdigest()
+
+
+def _sample_sha256(path: Path) -> str:
+    """The sha256 of evenly spread blocks: enough to tell a file from another of its size."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for index in range(_SAMPLES):
+            file.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _check_file(folder: Path, name: str, promised: Mapping[str, Any], verify: bool) -> None:
+    path = folder / name
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which lies outside the bundle")
+    if path.is_symlink():
+        raise BundleError(f"{path} is a link; a bundle's files must lie in it: copy the file there")
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; export the bundle again")
+    size = path.stat().st_size
+    if size != promised["bytes"]:
+        raise BundleError(
+            f"{path} has {size} bytes, expected {promised['bytes']}; export the bundle again"
+        )
+    if verify or size <= _SMALL:
+        is_intact = sha256_of(path) == promised["sha256"]
+    else:
+        is_intact = _sample_sha256(path) == promised["sample_sha256"]
+    if not is_intact:
+        raise BundleError(f"{path} is not the file that was exported; export the bundle again")

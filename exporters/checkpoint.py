@@ -1,0 +1,288 @@
+"""A Hugging Face checkpoint folder, opened lazily: safetensors shards mapped, tensors read in rows.
+
+Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON
+header ``{name: {dtype, shape, data_offsets}}``, then the data. The safetensors library checks each
+file's header (length, overlap, holes, sizes against the file); we then read the offsets ourselves,
+because pages that were converted must be given back: mapped pages count as resident memory.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from ml_dtypes import bfloat16
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from qwen2x.exporters.config import Qwen2Config, read_config, read_json
+from qwen2x.quantize.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
+_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """Where one tensor lies: shard, byte offset in the file, dtype name, shape."""
+
+    name: str
+    shard: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def row_elements(self) -> int:
+        """Elements of one row; a vector is one row per element."""
+        return int(np.prod(self.shape[1:], dtype=np.int64))
+
+    @property
+    def bytes(self) -> int:
+        """Stored size."""
+        return self.shape[0] * self.row_elements * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+class Checkpoint:
+    """Config and weights of a folder. Use as a context manager; reading is thread-safe."""
+
+    def __init__(self, folder: Path, config: Qwen2Config, tensors: dict[str, Tensor]) -> None:
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+        self._maps: dict[str, mmap.mmap] = {}
+        for shard in self.shards:
+            with (folder / shard).open("rb") as file:
+                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the safetensors files, sorted."""
+        return sorted({tensor.shard for tensor in self.tensors.values()})
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Rows ``start:stop`` as float32; the pages that were read are released.
+
+        Raises:
+            CheckpointError: a NaN or an infinity among them.
+        """
+        tensor = self.tensors[name]
+        stop = tensor.shape[0] if stop is None else stop
+        dtype = np.dtype(DTYPES[tensor.dtype])
+        count = (stop - start) * tensor.row_elements
+        offset = tensor.offset + start * tensor.row_elements * dtype.itemsize
+        mapped = self._maps[tensor.shard]
+        stored = np.frombuffer(mapped, dtype, count, offset)
+        values = _to_float32(stored)
+        del stored
+        _release(mapped, offset, count * dtype.itemsize)
+        # A sum is finite only if every element is, short of an overflow, which is then looked at.
+        if not np.isfinite(values.sum()) and not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{name} holds NaN or infinity (rows {start}..{stop - 1}, {tensor.shard}); "
+                "expected finite weights: fetch the checkpoint again"
+            )
+        return values.reshape(stop - start, *tensor.shape[1:])
+
+    def close(self) -> None:
+        """Unmaps the shards."""
+        for mapped in self._maps.values():
+            mapped.close()
+        self._maps.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a folder and compares every name and shape with what its config implies.
+
+    Raises:
+        SourceError, ConfigError: no or an unfit ``config.json``.
+        CheckpointError: damaged files, or differences, all of them at once.
+    """
+    config = read_config(folder)
+    tensors: dict[str, Tensor] = {}
+    for shard in _find_shards(folder):
+        for tensor in read_header(folder / shard):
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"{tensor.name} is stored twice, in {tensors[tensor.name].shard} and {shard}; "
+                    "expected each tensor once"
+                )
+            tensors[tensor.name] = tensor
+    _require_index_matches(folder, tensors)
+    needed = _match(config, tensors)
+    checkpoint = Checkpoint(folder, config, needed)
+    if config.is_tied and "lm_head.weight" in tensors:
+        _require_same_bytes(folder, tensors["lm_head.weight"], needed["model.embed_tokens.weight"])
+    return checkpoint
+
+
+def read_header(path: Path) -> Iterator[Tensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: the file is cut, overlapping, claims more than it holds, or has a dtype
+            that is no float.
+    """
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"{path.name} is not an intact safetensors file ({str(error).splitlines()[0]}); "
+            f"it has {_size(path)} bytes: fetch it again"
+        ) from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{name} in {path.name} has dtype {entry['dtype']}; expected "
+                f"{', '.join(DTYPES)} (a float checkpoint)"
+            )
+        yield Tensor(
+            name=name,
+            shard=path.name,
+            offset=8 + length + entry["data_offsets"][0],
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+        )
+
+
+def _find_shards(folder: Path) -> list[str]:
+    index = read_json(folder / INDEX)
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{INDEX} has no weight_map; expected {{tensor: file}}")
+        named = sorted({str(file) for file in weight_map.values()})
+        outside = [file for file in named if Path(file).name != file]
+        if outside:
+            raise CheckpointError(f"{INDEX} points outside its folder: {outside[0]}")
+        missing = [file for file in named if not (folder / file).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} of {len(named)} shards named in {INDEX} are missing: "
+                f"{_some(missing)}; fetch them"
+            )
+        return named
+    shards = sorted(path.name for path in folder.glob("model*.safetensors"))
+    if shards:
+        return shards
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds pickle weights ({_some(pickles)}), which can run code when opened; "
+            "expected safetensors: convert them with transformers' save_pretrained"
+        )
+    raise CheckpointError(f"{folder} has no weights; expected model.safetensors or {INDEX}")
+
+
+def _require_index_matches(folder: Path, tensors: dict[str, Tensor]) -> None:
+    index = read_json(folder / INDEX)
+    if index is None:
+        return
+    wrong = [
+        name
+        for name, file in index["weight_map"].items()
+        if name not in tensors or tensors[name].shard != file
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{INDEX} names tensors that their shards do not hold: {_some(sorted(wrong))}"
+        )
+
+
+def _match(config: Qwen2Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that the config implies; all differences are reported at once."""
+    expected = config.expected_tensors()
+    ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
+    if config.is_tied:
+        ignored.add("lm_head.weight")
+    missing = [name for name in expected if name not in tensors]
+    surplus = [name for name in tensors if name not in expected and name not in ignored]
+    misshaped = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    parts = [
+        f"{len(names)} {kind}: {_some(names)}"
+        for kind, names in (("missing", missing), ("surplus", surplus), ("misshaped", misshaped))
+        if names
+    ]
+    if missing == ["lm_head.weight"]:
+        parts.append("set tie_word_embeddings to true if the head is the embedding")
+    if parts:
+        raise CheckpointError("the weights do not fit config.json: " + "; ".join(parts))
+    return {name: tensors[name] for name in expected}
+
+
+def _require_same_bytes(folder: Path, head: Tensor, embedding: Tensor) -> None:
+    """Some tied checkpoints store the head as well; it must then be the embedding."""
+    is_same = head.dtype == embedding.dtype and head.shape == embedding.shape
+    if is_same:
+        step = 1 << 24
+        with (folder / head.shard).open("rb") as one, (folder / embedding.shard).open("rb") as two:
+            one.seek(head.offset)
+            two.seek(embedding.offset)
+            for done in range(0, head.bytes, step):
+                size = min(step, head.bytes - done)
+                if one.read(size) != two.read(size):
+                    is_same = False
+                    break
+    if not is_same:
+        raise CheckpointError(
+            "config.json says tie_word_embeddings, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set tie_word_embeddings to false"
+        )
+
+
+def _to_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
+    if stored.dtype == bfloat16:
+        wide = stored.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return stored.astype(np.float32)
+
+
+def _release(mapped: mmap.mmap, offset: int, length: int) -> None:
+    """Gives whole pages back to the system, where it can be told so."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    mapped.madvise(mmap.MADV_DONTNEED, first, offset + length - first)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

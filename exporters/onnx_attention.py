@@ -1,0 +1,176 @@
+"""Attention with rotary positions and KV cache, for the fused and for the standard operators.
+
+Fused: com.microsoft::GroupQueryAttention takes packed q|k|v, rotates inside, and appends to a cache
+that may be one buffer for past and present. Standard: RotaryEmbedding-23 and Attention-23, whose
+present is past and new keys concatenated.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+
+from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
+from qwen2x.exporters.onnx_target import Target
+
+B, S, P, T = "batch", "sequence", "past", "total"
+
+
+class AttentionBuilder:
+    """Declares the cache, prepares tables and masks once, then attends layer by layer."""
+
+    def __init__(
+        self, graph: GraphBuilder, config: Qwen2Config, target: Target, max_context: int
+    ) -> None:
+        self._graph = graph
+        self._config = config
+        self._target = target
+        self._float = target.float_type
+        for layer in range(config.num_hidden_layers):
+            self._declare_cache(layer)
+        self._tables = self._rope_tables(max_context)
+        if target.is_fused:
+            self._last_key, self._total = self._sequence_lengths()
+        else:
+            self._mask = self._causal_mask()
+            self._rows = [self._gather_rope_rows(table) for table in self._tables]
+
+    def attend(self, layer: int, packed: str) -> str:
+        """The heads' output [batch, sequence, query_size] for q|k|v packed in one value."""
+        place = f"/model/layers.{layer}/self_attn"
+        if self._target.is_fused:
+            return self._fused(layer, place, packed)
+        return self._standard(layer, place, packed)
+
+    def _declare_cache(self, layer: int) -> None:
+        heads, size = self._config.num_key_value_heads, self._config.head_dim
+        for past, present in zip(self._past(layer), self._present(layer), strict=True):
+            self._graph.input(past, self._float, (B, heads, P, size))
+            self._graph.output(present, self._float, (B, heads, T, size))
+
+    def _past(self, layer: int) -> list[str]:
+        return [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
+
+    def _present(self, layer: int) -> list[str]:
+        return [f"present.{layer}.key", f"present.{layer}.value"]
+
+    def _rope_tables(self, rows: int) -> tuple[str, str]:
+        """cos and sin [rows, head_dim/2], from small constants that the session folds."""
+        graph, rope = self._graph, self._config.rope
+        graph.constant("/rope/start", np.array(0, np.int64))
+        graph.constant("/rope/rows", np.array(rows, np.int64))
+        graph.constant("/rope/step", np.array(1, np.int64))
+        graph.constant("/rope/last_axis", int64(1))
+        graph.constant("/rope/inv_freq", rope.inverse_frequencies()[None, :])
+        float32 = TensorProto.FLOAT
+        limits = ["/rope/start", "/rope/rows", "/rope/step"]
+        x = graph.op("/rope/Range", limits, TensorProto.INT64, (rows,))
+        x = graph.op("/rope/Cast", [x], float32, (rows,), to=float32)
+        x = graph.op("/rope/Unsqueeze", [x, "/rope/last_axis"], float32, (rows, 1))
+        shape: Shape = (rows, rope.head_dim // 2)
+        angles = graph.op("/rope/Mul", [x, "/rope/inv_freq"], float32, shape)
+        return self._wave("Cos", angles, shape), self._wave("Sin", angles, shape)
+
+    def _wave(self, function: str, angles: str, shape: Shape) -> str:
+        """The function of all angles times YaRN's attention factor, in the cache's float type."""
+        graph, factor = self._graph, self._config.rope.attention_factor
+        place = f"/rope/{function.lower()}"
+        table = graph.op(f"{place}/{function}", [angles], TensorProto.FLOAT, shape)
+        if factor != 1:
+            name = graph.constant("/rope/attention_factor", np.array(factor, np.float32))
+            table = graph.op(f"{place}/Mul", [table, name], TensorProto.FLOAT, shape)
+        if self._float != TensorProto.FLOAT:
+            table = graph.op(f"{place}/Cast", [table], self._float, shape, to=self._float)
+        return table
+
+    def _sequence_lengths(self) -> tuple[str, str]:
+        """Valid keys per row minus one, and the total length, as GroupQueryAttention wants them."""
+        graph, int32 = self._graph, TensorProto.INT32
+        graph.constant("/mask/one", int64(1))
+        count = graph.op(
+            "/mask/ReduceSum", ["attention_mask", "/mask/one"], TensorProto.INT64, (B,), keepdims=0
+        )
+        last = graph.op("/mask/Sub", [count, "/mask/one"], TensorProto.INT64, (B,))
+        last = graph.op("/mask/Cast", [last], int32, (B,), to=int32)
+        total = self._length("/mask/total", "attention_mask")
+        return last, graph.op("/mask/total/Cast", [total], int32, (), to=int32)
+
+    def _length(self, place: str, value: str) -> str:
+        """The second dimension of an input, int64 scalar."""
+        graph = self._graph
+        graph.constant("/mask/second", np.array(1, np.int64))
+        shape = graph.op(f"{place}/Shape", [value], TensorProto.INT64, (2,))
+        return graph.op(f"{place}/Gather", [shape, "/mask/second"], TensorProto.INT64, ())
+
+    def _causal_mask(self) -> str:
+        """Boolean [batch, 1, sequence, total]: keys up to the query's own place, no padding."""
+        graph, whole = self._graph, TensorProto.INT64
+        graph.constant("/mask/zero", np.array(0, np.int64))
+        graph.constant("/mask/step", np.array(1, np.int64))
+        graph.constant("/mask/query_axis", int64(1))
+        graph.constant("/mask/inner_axes", int64(1, 2))
+        total = self._length("/mask/total", "attention_mask")
+        new = self._length("/mask/new", "input_ids")
+        past = graph.op("/mask/past/Sub", [total, new], whole, ())
+        keys = graph.op("/mask/keys/Range", ["/mask/zero", total, "/mask/step"], whole, (T,))
+        query = graph.op("/mask/queries/Range", [past, total, "/mask/step"], whole, (S,))
+        query = graph.op("/mask/queries/Unsqueeze", [query, "/mask/query_axis"], whole, (S, 1))
+        causal = graph.op("/mask/LessOrEqual", [keys, query], TensorProto.BOOL, (S, T))
+        boolean = TensorProto.BOOL
+        valid = graph.op("/mask/valid/Cast", ["attention_mask"], boolean, (B, T), to=boolean)
+        valid = graph.op(
+            "/mask/valid/Unsqueeze", [valid, "/mask/inner_axes"], boolean, (B, 1, 1, T)
+        )
+        return graph.op("/mask/And", [causal, valid], boolean, (B, 1, S, T))
+
+    def _gather_rope_rows(self, table: str) -> str:
+        """The rows of this call's positions; Gather refuses a position beyond the table."""
+        place = table.rsplit("/", 2)[0]
+        shape: Shape = (B, S, self._config.head_dim // 2)
+        return self._graph.op(f"{place}/Gather", [table, "position_ids"], self._float, shape)
+
+    def _fused(self, layer: int, place: str, packed: str) -> str:
+        config = self._config
+        node = f"{place}/GroupQueryAttention"
+        lengths = [self._last_key, self._total]
+        self._graph.node(
+            node,
+            [packed, "", "", *self._past(layer), *lengths, *self._tables, "position_ids"],
+            [f"{node}/output_0", *self._present(layer)],
+            domain=MICROSOFT,
+            num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
+            scale=config.head_dim**-0.5,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        return self._graph.value(f"{node}/output_0", self._float, (B, S, config.query_size))
+
+    def _standard(self, layer: int, place: str, packed: str) -> str:
+        graph, config = self._graph, self._config
+        widths = {"q": config.query_size, "k": config.key_value_size, "v": config.key_value_size}
+        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+        graph.constant("/attention/widths", int64(*widths.values()))
+        names = {part: f"{place}/{part}/output_0" for part in widths}
+        graph.node(f"{place}/Split", [packed, "/attention/widths"], list(names.values()), axis=-1)
+        for part, width in widths.items():
+            graph.value(names[part], self._float, (B, S, width))
+        for part, count in heads.items():
+            names[part] = graph.op(
+                f"{place}/{part}/RotaryEmbedding",
+                [names[part], *self._rows],
+                self._float,
+                (B, S, widths[part]),
+                num_heads=count,
+            )
+        node = f"{place}/Attention"
+        graph.node(
+            node,
+            [*names.values(), self._mask, *self._past(layer)],
+            [f"{node}/output_0", *self._present(layer)],
+            q_num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
+            scale=config.head_dim**-0.5,
+        )
+        return graph.value(f"{node}/output_0", self._float, (B, S, config.query_size))

@@ -1,0 +1,302 @@
+"""The Qwen2 decoder as an ONNX graph.
+
+Inputs
+    input_ids                        [batch, sequence]                              int64
+    attention_mask                   [batch, total]                                 int64
+    position_ids                     [batch, sequence]                              int64
+    past_key_values.{i}.{key,value}  [batch, key_value_heads, past, head_dim]       float type
+    num_logits_to_keep (optional)    []  0: all rows, n: the last n                 int64
+Outputs
+    logits                           [batch, kept, vocab_size]                      float32
+    present.{i}.{key,value}          [batch, key_value_heads, total, head_dim]      float type
+
+Operators: ``docs/ContribOperators.md`` of onnxruntime 1.31 for com.microsoft, opset 23 otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import ModelProto, TensorProto
+
+from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.onnx_attention import AttentionBuilder, B, S, T
+from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
+from qwen2x.exporters.onnx_target import Target
+from qwen2x.exporters.onnx_weights import Weight, WeightLayout
+from qwen2x.quantize.scheme import Scheme
+
+KEPT = "kept"
+_TO_END = int(np.iinfo(np.int64).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a graph.
+
+    ``scheme`` is for the layers' matrices, ``table_scheme`` for embedding and head; None is float.
+    ``max_context`` is the number of positions that the rotary table covers.
+    """
+
+    config: Qwen2Config
+    target: Target
+    scheme: Scheme | None
+    table_scheme: Scheme | None
+    max_context: int
+
+
+def build_graph(recipe: Recipe) -> tuple[ModelProto, WeightLayout]:
+    """The model, whose weights are references into the data file, and the layout of that file.
+
+    Raises:
+        SchemeError: the group size does not divide a matrix's columns.
+    """
+    decoder = _Decoder(recipe)
+    decoder.build()
+    target = recipe.target
+    description = f"Qwen2 decoder for {target.device}, {target.dtype}"
+    return decoder.graph.model(opset=target.opset, description=description), decoder.layout
+
+
+class _Decoder:
+    """Writes the nodes in the order in which a token meets them."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.config = recipe.config
+        self.target = recipe.target
+        self.float = recipe.target.float_type
+        self.residual_type = recipe.target.residual_type
+        self.layout = WeightLayout()
+        self.graph = GraphBuilder()
+        self.graph.input("input_ids", TensorProto.INT64, (B, S))
+        self.graph.input("attention_mask", TensorProto.INT64, (B, T))
+        self.graph.input("position_ids", TensorProto.INT64, (B, S))
+        self.graph.output("logits", TensorProto.FLOAT, (B, KEPT, self.config.vocab_size))
+        self.attention = AttentionBuilder(
+            self.graph, recipe.config, recipe.target, recipe.max_context
+        )
+        self.first_row = self._first_kept_row()
+
+    def build(self) -> None:
+        table = self._table("model.embed_tokens")
+        hidden = self._embed(table)
+        residual = self._cast("/model/embed_tokens", hidden, self.residual_type, (B, S))
+        normed = self._first_norm(residual)
+        for layer in range(self.config.num_hidden_layers):
+            normed, residual = self._layer(layer, normed, residual)
+        head = table if self.config.is_tied else self._table("lm_head")
+        self._head(head, normed)
+
+    def _layer(self, layer: int, normed: str, residual: str) -> tuple[str, str]:
+        config = self.config
+        is_last = layer == config.num_hidden_layers - 1
+        x = self._attend(layer, normed)
+        leading: Shape = (B, S)
+        if is_last:
+            # Only these rows reach the logits; the rest of the last layer is spared the others.
+            x = self._keep_rows("/model/attention_rows", x, self.float, config.query_size)
+            residual = self._keep_rows(
+                "/model/residual_rows", residual, self.residual_type, config.hidden_size
+            )
+            leading = (B, KEPT)
+        place = f"/model/layers.{layer}/self_attn/o_proj"
+        parts = [("self_attn.o_proj", config.hidden_size)]
+        weight = self._matrix(layer, "self_attn.o_proj", parts, config.query_size)
+        x = self._linear(place, x, weight, leading)
+        norm = f"model.layers.{layer}.post_attention_layernorm"
+        normed, residual = self._add_and_norm(norm, x, residual, leading)
+        x = self._mlp(layer, normed, leading)
+        norm = "model.norm" if is_last else f"model.layers.{layer + 1}.input_layernorm"
+        return self._add_and_norm(norm, x, residual, leading)
+
+    def _attend(self, layer: int, normed: str) -> str:
+        config = self.config
+        parts = [
+            ("self_attn.q_proj", config.query_size),
+            ("self_attn.k_proj", config.key_value_size),
+            ("self_attn.v_proj", config.key_value_size),
+        ]
+        weight = self._matrix(layer, "self_attn.qkv_proj", parts, config.hidden_size)
+        bias = self._bias(layer, "self_attn.qkv_proj", parts)
+        place = f"/model/layers.{layer}/self_attn/qkv_proj"
+        packed = self._linear(place, normed, weight, (B, S), bias)
+        return self.attention.attend(layer, packed)
+
+    def _mlp(self, layer: int, x: str, leading: Shape) -> str:
+        graph, inner = self.graph, self.config.intermediate_size
+        place = f"/model/layers.{layer}/mlp"
+        parts = [("mlp.gate_proj", inner), ("mlp.up_proj", inner)]
+        weight = self._matrix(layer, "mlp.gate_up_proj", parts, self.config.hidden_size)
+        both = self._linear(f"{place}/gate_up_proj", x, weight, leading)
+        shape: Shape = (*leading, inner)
+        gate, up = f"{place}/gate/output_0", f"{place}/up/output_0"
+        graph.node(f"{place}/Split", [both], [gate, up], axis=-1, num_outputs=2)
+        graph.value(gate, self.float, shape)
+        graph.value(up, self.float, shape)
+        sigmoid = graph.op(f"{place}/act/Sigmoid", [gate], self.float, shape)
+        silu = graph.op(f"{place}/act/Mul", [gate, sigmoid], self.float, shape)
+        x = graph.op(f"{place}/Mul", [silu, up], self.float, shape)
+        parts = [("mlp.down_proj", self.config.hidden_size)]
+        weight = self._matrix(layer, "mlp.down_proj", parts, inner)
+        return self._linear(f"{place}/down_proj", x, weight, leading)
+
+    # Weights
+
+    def _table(self, name: str) -> Weight:
+        source = f"{name}.weight"
+        sources = [(source, self.config.vocab_size)]
+        columns, scheme = self.config.hidden_size, self.recipe.table_scheme
+        return self.layout.matrix(source, sources, columns, self.float, scheme)
+
+    def _matrix(
+        self, layer: int, name: str, modules: list[tuple[str, int]], columns: int
+    ) -> Weight:
+        prefix = f"model.layers.{layer}"
+        sources = [(f"{prefix}.{module}.weight", rows) for module, rows in modules]
+        name = f"{prefix}.{name}.weight"
+        return self.layout.matrix(name, sources, columns, self.float, self.recipe.scheme)
+
+    def _bias(self, layer: int, name: str, modules: list[tuple[str, int]]) -> str:
+        prefix = f"model.layers.{layer}"
+        sources = [(f"{prefix}.{module}.bias", rows) for module, rows in modules]
+        name = f"{prefix}.{name}.bias"
+        return self.graph.external(name, self.layout.vector(name, sources, self.float).values)
+
+    def _norm_weight(self, name: str) -> str:
+        weight = self.layout.vector(name, [(name, self.config.hidden_size)], self.residual_type)
+        return self.graph.external(name, weight.values)
+
+    # Operators
+
+    def _embed(self, table: Weight) -> str:
+        graph, place = self.graph, "/model/embed_tokens"
+        shape: Shape = (B, S, self.config.hidden_size)
+        if table.scheme is None or table.scales is None:
+            name = graph.external(table.name, table.values)
+            return graph.op(f"{place}/Gather", [name, "input_ids"], self.float, shape)
+        # The head's bytes once more, under the flat shape that this operator wants.
+        flat = (table.rows, table.values.row_bytes)
+        codes = graph.external(f"{table.name}_table", table.values, flat)
+        scales = graph.external(f"{table.name}_scales", table.scales)
+        return graph.op(
+            f"{place}/GatherBlockQuantized",
+            [codes, "input_ids", scales],
+            self.float,
+            shape,
+            domain=MICROSOFT,
+            bits=table.scheme.bits,
+            block_size=table.scheme.group_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def _linear(self, place: str, x: str, weight: Weight, leading: Shape, bias: str = "") -> str:
+        """x times the transposed weight [rows, columns], plus a bias [rows]."""
+        shape: Shape = (*leading, weight.rows)
+        if weight.scheme is not None:
+            inside = bias if self.target.has_bias_in_matmul else ""
+            x = self._quantized_matmul(place, x, weight, shape, inside)
+            bias = "" if inside else bias
+        else:
+            x = self._float_matmul(place, x, weight, shape)
+        return self.graph.op(f"{place}/Add", [x, bias], self.float, shape) if bias else x
+
+    def _quantized_matmul(self, place: str, x: str, weight: Weight, shape: Shape, bias: str) -> str:
+        assert weight.scheme is not None
+        assert weight.scales is not None
+        codes = self.graph.external(f"{weight.name}_codes", weight.values)
+        scales = self.graph.external(f"{weight.name}_scales", weight.scales)
+        return self.graph.op(
+            f"{place}/MatMulNBits",
+            [x, codes, scales, *(["", "", bias] if bias else [])],
+            self.float,
+            shape,
+            domain=MICROSOFT,
+            K=weight.columns,
+            N=weight.rows,
+            bits=weight.scheme.bits,
+            block_size=weight.scheme.group_size,
+            accuracy_level=self.target.accuracy_level,
+        )
+
+    def _float_matmul(self, place: str, x: str, weight: Weight, shape: Shape) -> str:
+        graph = self.graph
+        name = graph.external(weight.name, weight.values)
+        if self.target.is_fused:
+            node = f"{place}/FusedMatMul"
+            return graph.op(node, [x, name], self.float, shape, domain=MICROSOFT, transB=1)
+        turned: Shape = (weight.columns, weight.rows)
+        name = graph.op(f"{place}/Transpose", [name], self.float, turned, perm=[1, 0])
+        return graph.op(f"{place}/MatMul", [x, name], self.float, shape)
+
+    def _cast(self, place: str, x: str, element_type: int, leading: Shape) -> str:
+        """Between the residual stream's type and the matrices' type, where they differ."""
+        if self.float == self.residual_type:
+            return x
+        shape: Shape = (*leading, self.config.hidden_size)
+        return self.graph.op(f"{place}/Cast", [x], element_type, shape, to=element_type)
+
+    def _first_norm(self, residual: str) -> str:
+        place = "/model/layers.0/input_layernorm"
+        normed = self.graph.op(
+            f"{place}/RMSNormalization",
+            [residual, self._norm_weight("model.layers.0.input_layernorm.weight")],
+            self.residual_type,
+            (B, S, self.config.hidden_size),
+            axis=-1,
+            epsilon=self.config.rms_norm_eps,
+        )
+        return self._cast(place, normed, self.float, (B, S))
+
+    def _add_and_norm(self, name: str, x: str, residual: str, leading: Shape) -> tuple[str, str]:
+        """The sum of residual and x, normed and as it is."""
+        graph, epsilon = self.graph, self.config.rms_norm_eps
+        place = _place(name)
+        weight = self._norm_weight(f"{name}.weight")
+        shape: Shape = (*leading, self.config.hidden_size)
+        x = self._cast(f"{place}/residual", x, self.residual_type, leading)
+        if self.target.is_fused:
+            node = f"{place}/SkipSimplifiedLayerNormalization"
+            normed, total = f"{node}/output_0", f"{node}/output_3"
+            outputs = [normed, "", "", total]
+            graph.node(node, [x, residual, weight], outputs, domain=MICROSOFT, epsilon=epsilon)
+            graph.value(normed, self.residual_type, shape)
+            graph.value(total, self.residual_type, shape)
+        else:
+            total = graph.op(f"{place}/Add", [x, residual], self.residual_type, shape)
+            node = f"{place}/RMSNormalization"
+            inputs = [total, weight]
+            normed = graph.op(node, inputs, self.residual_type, shape, axis=-1, epsilon=epsilon)
+        return self._cast(place, normed, self.float, leading), total
+
+    def _first_kept_row(self) -> str:
+        """Minus num_logits_to_keep: where a slice starts. 0 keeps all, since -0 is 0."""
+        graph = self.graph
+        graph.optional_input("num_logits_to_keep", np.array(0, np.int64), ())
+        graph.constant("/rows/one", int64(1))
+        graph.constant("/rows/end", int64(_TO_END))
+        inputs = ["num_logits_to_keep", "/rows/one"]
+        kept = graph.op("/rows/Reshape", inputs, TensorProto.INT64, (1,))
+        return graph.op("/rows/Neg", [kept], TensorProto.INT64, (1,))
+
+    def _keep_rows(self, place: str, x: str, element_type: int, columns: int) -> str:
+        inputs = [x, self.first_row, "/rows/end", "/rows/one"]
+        return self.graph.op(f"{place}/Slice", inputs, element_type, (B, KEPT, columns))
+
+    def _head(self, head: Weight, normed: str) -> None:
+        """Logits in float32; the last node gives the output its name."""
+        logits = self._linear("/lm_head", normed, head, (B, KEPT))
+        float32 = TensorProto.FLOAT
+        if self.float == float32:
+            self.graph.op("/lm_head/Identity", [logits], float32, (), name_output="logits")
+        else:
+            node = "/lm_head/Cast"
+            self.graph.op(node, [logits], float32, (), name_output="logits", to=float32)
+
+
+def _place(module: str) -> str:
+    """Where a module's nodes stand: model.layers.3.mlp becomes /model/layers.3/mlp."""
+    return "/" + re.sub(r"\.(?!\d)", "/", module)

@@ -1,0 +1,46 @@
+"""Codes to bytes and back, in the layouts of ONNX Runtime and of MLX.
+
+Both put code 0 into the low bits and go up, so for 4 and 8 bits they are the same byte stream on
+little-endian machines; only the array's type and shape differ.
+
+Sources: ``com.microsoft::MatMulNBits`` in onnxruntime 1.31 (B uint8 [N, K/block, block*bits/8], low
+nibble first); ``mx.quantize`` in mlx 0.32 (uint32 [rows, columns*bits/32], low bits first).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2x.quantize.scheme import Scheme
+
+Codes = NDArray[np.uint8]
+
+
+def pack_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
+    """Bytes uint8 [rows, columns*bits/8] of codes uint8 [rows, columns]."""
+    if bits == 8:
+        return np.ascontiguousarray(codes)
+    packed: NDArray[np.uint8] = codes[:, 1::2] << 4
+    packed |= codes[:, 0::2]
+    return packed
+
+
+def unpack_bytes(packed: NDArray[np.uint8], bits: int) -> Codes:
+    """The inverse of ``pack_bytes``."""
+    if bits == 8:
+        return packed.copy()
+    codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.uint8)
+    codes[:, 0::2] = packed & 0x0F
+    codes[:, 1::2] = packed >> 4
+    return codes
+
+
+def matmul_nbits_shape(rows: int, columns: int, scheme: Scheme) -> tuple[int, int, int]:
+    """The shape of MatMulNBits' input B: [rows, groups, bytes per group]."""
+    return rows, columns // scheme.group_size, scheme.group_size * scheme.bits // 8
+
+
+def pack_mlx_words(codes: Codes, bits: int) -> NDArray[np.uint32]:
+    """Words uint32 [rows, columns*bits/32] as ``mx.quantize`` lays them out."""
+    return pack_bytes(codes, bits).view("<u4")

@@ -1,0 +1,61 @@
+"""What a quantized matrix is made of, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen2x.quantize.errors import SchemeError
+
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Symmetric integer codes that share one scale per group along the input dimension.
+
+    A weight is ``scale * (code - zero_point)`` with codes in ``0 .. 2**bits - 1`` and the constant
+    zero point ``2**(bits - 1)``. Scales are bfloat16 numbers, whatever type a target stores them in,
+    so that no target rounds them and all targets hold the same integers.
+    """
+
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise SchemeError(f"bits must be one of {_words(BITS)}, got {self.bits}")
+        if self.group_size not in GROUP_SIZES:
+            raise SchemeError(
+                f"group size must be one of {_words(GROUP_SIZES)}, got {self.group_size}"
+            )
+
+    @property
+    def zero_point(self) -> int:
+        """The code that stands for 0."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def max_code(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def name(self) -> str:
+        """For example ``int4-g32``."""
+        return f"int{self.bits}-g{self.group_size}"
+
+    def require_divides(self, columns: int, matrix: str) -> None:
+        """Raises SchemeError when the groups do not tile the matrix's input dimension."""
+        if columns % self.group_size == 0:
+            return
+        fitting = [str(size) for size in GROUP_SIZES if columns % size == 0]
+        advice = f"choose {' or '.join(fitting)}" if fitting else "export it without --bits"
+        raise SchemeError(
+            f"group size {self.group_size} does not divide the {columns} columns of {matrix}; "
+            f"{advice}"
+        )
+
+
+def _words(values: tuple[int, ...]) -> str:
+    return ", ".join(str(value) for value in values)
