@@ -22,14 +22,15 @@ import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseServer
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
 _LARGE = (".safetensors", ".bin", ".gguf", ".pt")
-_PIECE = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class SmallHub:
         self._repositories: dict[str, _Repository] = {}
         self._troubles: dict[str, _Trouble] = {}
         self._status: HTTPStatus | None = None
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         serve = self._server.serve_forever
         self._thread = threading.Thread(target=serve, args=(0.01,), daemon=True)
 
@@ -282,51 +283,54 @@ def _git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _handler_of(hub: SmallHub) -> type[BaseHTTPRequestHandler]:
-    """A handler class that answers for one hub."""
+class _Handler(BaseHTTPRequestHandler):
+    """One connection; what to answer is asked of the hub."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self._answer()
+    def __init__(
+        self, hub: SmallHub, request: socket.socket, client: tuple[str, int], server: BaseServer
+    ) -> None:
+        self._hub = hub
+        super().__init__(request, client, server)
 
-        def do_GET(self) -> None:
-            self._answer()
+    def do_HEAD(self) -> None:
+        self._answer()
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Silent: the requests are in ``hub.requests``."""
+    def do_GET(self) -> None:
+        self._answer()
 
-        def _answer(self) -> None:
-            request = Request(
-                method=self.command,
-                path=urlsplit(self.path).path,
-                range=self.headers.get("Range"),
-                authorization=self.headers.get("Authorization"),
-            )
-            hub.record(request)
-            answer = hub.answer(request)
-            self.send_response(answer.status)
-            for name, value in answer.headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(answer.body)))
-            self.end_headers()
-            if self.command == "GET" and answer.body:
-                self._send_body(request, answer.body)
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent: the requests are in ``hub.requests``."""
 
-        def _send_body(self, request: Request, body: bytes) -> None:
-            trouble = hub.take_trouble(unquote(request.path).split("/")[-1])
-            if trouble is None:
-                self.wfile.write(body)
-                return
-            self.wfile.write(body[: trouble.after_bytes])
-            self.wfile.flush()
-            self.close_connection = True
-            if trouble.kind == "stall":
-                hub.released.wait()
-            elif trouble.kind == "reset":
-                linger = struct.pack("ii", 1, 0)
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.connection.close()
+    def _answer(self) -> None:
+        request = Request(
+            method=self.command,
+            path=urlsplit(self.path).path,
+            range=self.headers.get("Range"),
+            authorization=self.headers.get("Authorization"),
+        )
+        self._hub.record(request)
+        answer = self._hub.answer(request)
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        if self.command == "GET" and answer.body:
+            self._send_body(request, answer.body)
 
-    return Handler
+    def _send_body(self, request: Request, body: bytes) -> None:
+        trouble = self._hub.take_trouble(unquote(request.path).split("/")[-1])
+        if trouble is None:
+            self.wfile.write(body)
+            return
+        self.wfile.write(body[: trouble.after_bytes])
+        self.wfile.flush()
+        self.close_connection = True
+        if trouble.kind == "stall":
+            self._hub.released.wait()
+        elif trouble.kind == "reset":
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.connection.close()

@@ -45,7 +45,7 @@ DECOYS = {
     "model.gguf": b"GGUF",
     "modeling_qwen2.py": b"import os",
     "onnx/config.json": b"elsewhere",
-    "onnx/model.safetensors": b"elsewhere",
+    "model_onnx/model.safetensors": b"elsewhere",
     "pytorch_model.bin": b"pickle",
 }
 # huggingface_hub writes pieces of 10 MiB (constants.DOWNLOAD_CHUNK_SIZE) and resumes after one.
@@ -102,7 +102,7 @@ class Client:
         **options: object,
     ) -> tuple[str, str]:
         process = self.start(source, variables or {}, prelude, **options)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert out.count("\n") == 1, out
         return out.strip(), err
@@ -261,7 +261,7 @@ def test_ctrl_c_ends_a_download_and_leaves_no_half_file(hub: SmallHub, client: C
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=2)
+    process.communicate(timeout=8)  # a read that is held back ends after 10
     assert process.returncode == -signal.SIGINT
     assert list(client.home.rglob("*.incomplete")) == []
 

@@ -1,0 +1,207 @@
+"""The loop: prompt in, text out as it comes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from qwen2x.quantize.errors import RequestError
+from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
+from qwen2x.runtimes.runtime import Logits, Runtime
+from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
+from qwen2x.runtimes.tokenizer import StopFilter, Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some text, and the token that completed it (None for what was held back to the end)."""
+
+    text: str
+    token_id: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFiles:
+    """What stands beside the weights: tokenizer, chat template, generation defaults."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    generation: dict[str, Any]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that waits for the assistant's answer.
+
+        Raises:
+            RequestError: the model has no chat template.
+        """
+        if self.template is None:
+            raise RequestError("this model has no chat template (a base model?); use --raw")
+        return self.tokenizer.encode(self.template.render(messages))
+
+
+@lru_cache(maxsize=8)
+def read_text_files(folder: Path) -> TextFiles:
+    """Reads them once per folder."""
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return TextFiles(
+        tokenizer=Tokenizer(folder), template=read_chat_template(folder), generation=generation
+    )
+
+
+@dataclass
+class Generation:
+    """One answer: iterate over it for its pieces; its facts are there when it ends."""
+
+    runtime: Runtime
+    prompt_ids: list[int]
+    sampling: Sampling
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def __iter__(self) -> Iterator[Piece]:
+        stream = read_text_files(self.runtime.folder).tokenizer.stream()
+        stops = StopFilter(self.stop)
+        for token_id in self._tokens():
+            text = stops.push(stream.push(token_id))
+            self.text += text
+            yield Piece(text=text, token_id=token_id)
+            if stops.is_stopped:
+                self.finish_reason = "stop"
+                return
+        text = stops.push(stream.finish())
+        if stops.is_stopped:
+            self.finish_reason = "stop"
+        text += stops.finish()
+        self.text += text
+        if text:
+            yield Piece(text=text, token_id=None)
+
+    def run(self) -> Generation:
+        """Generates to the end."""
+        for _ in self:
+            pass
+        return self
+
+    def _tokens(self) -> Iterator[int]:
+        """Token ids until an end token (which is not given) or the limit."""
+        runtime, sampler = self.runtime, Sampler(self.sampling)
+        known = read_text_files(runtime.folder).tokenizer.size
+        logits = self._prefill()
+        while len(self.token_ids) < self.max_tokens:
+            token_id = sampler.choose(_mask(logits, known), [*self.prompt_ids, *self.token_ids])
+            if token_id in runtime.eos_token_ids and not self.ignore_eos:
+                self.finish_reason = "stop"
+                return
+            self.token_ids.append(token_id)
+            yield token_id
+            if len(self.token_ids) == self.max_tokens:
+                break
+            started = time.perf_counter()
+            logits = runtime.decode(token_id)
+            self.decode_s += time.perf_counter() - started
+        self.finish_reason = "length"
+
+    def _prefill(self) -> Logits:
+        """Runs what the cache does not hold of the prompt yet, at least its last token."""
+        started = time.perf_counter()
+        shared = _common_prefix(self.runtime.cached_ids, self.prompt_ids)
+        self.cached_tokens = min(shared, len(self.prompt_ids) - 1)
+        self.runtime.truncate(self.cached_tokens)
+        logits = self.runtime.prefill(self.prompt_ids[self.cached_tokens :])
+        self.prefill_s = time.perf_counter() - started
+        return logits
+
+
+def generate(
+    runtime: Runtime,
+    prompt: str | Sequence[Message] | Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    system: str | None = None,
+    raw: bool = False,
+    ignore_eos: bool = False,
+) -> Generation:
+    """Answers a prompt.
+
+    Args:
+        runtime: what ``open_runtime`` gave. Tokens that its cache shares with the prompt are kept.
+        prompt: a text, a conversation, or token ids (which are taken as they are).
+        max_tokens: new tokens at most; by default what the checkpoint says, or the context's rest.
+        sampling: by default the checkpoint's ``generation_config.json``.
+        stop: strings that end the text and do not appear in it.
+        system: the system message, with a text prompt.
+        raw: continue the text, without the chat template.
+        ignore_eos: go on to the limit, for measurements.
+
+    Raises:
+        RequestError: an empty prompt, one longer than the context, or settings out of range.
+    """
+    files = read_text_files(runtime.folder)
+    prompt_ids = _prompt_ids(files, prompt, system, raw)
+    room = runtime.max_context - len(prompt_ids)
+    if room < 1:
+        raise RequestError(
+            f"the prompt has {len(prompt_ids)} tokens, the context {runtime.max_context} with at "
+            "least one for the answer; shorten the prompt"
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise RequestError(f"max tokens must be 1 or more, got {max_tokens}")
+    limit = max_tokens or files.generation.get("max_new_tokens") or room
+    return Generation(
+        runtime=runtime,
+        prompt_ids=prompt_ids,
+        sampling=sampling or read_sampling(files.generation),
+        max_tokens=min(int(limit), room),
+        stop=tuple(stop),
+        ignore_eos=ignore_eos,
+    )
+
+
+def _prompt_ids(
+    files: TextFiles, prompt: str | Sequence[Message] | Sequence[int], system: str | None, raw: bool
+) -> list[int]:
+    if not isinstance(prompt, str):
+        if prompt and isinstance(prompt[0], int):
+            return [int(token) for token in prompt if isinstance(token, int)]
+        return files.prompt_ids([message for message in prompt if not isinstance(message, int)])
+    if not prompt.strip():
+        raise RequestError("the prompt is empty; give a text, or - for standard input")
+    if raw or (files.template is None and system is None):
+        return files.tokenizer.encode(prompt)
+    messages: list[Message] = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return files.prompt_ids(messages)
+
+
+def _mask(logits: Logits, known: int) -> Logits:
+    """Rows of a padded vocabulary have no text; they are never chosen."""
+    if known < len(logits):
+        logits[known:] = -np.inf
+    return logits
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))

@@ -1,0 +1,165 @@
+"""A bundle's graph in ONNX Runtime, on the CPU or on CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from qwen2x.exporters.bundle import Bundle
+from qwen2x.quantize.errors import BackendError, BundleError, RequestError
+from qwen2x.runtimes.onnx_cache import ConcatenatedCache, make_cache
+from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
+
+GRAPH_FILE = "model.onnx"
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntime(CacheBookkeeping):
+    """One session with one cache; see ``Runtime`` for what its methods give."""
+
+    backend = "onnx"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        prefill_chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        super().__init__()
+        self.bundle = bundle
+        self.folder = bundle.folder
+        self.device = _choose_device(bundle, device)
+        self.dtype = bundle.dtype
+        self.vocab_size = bundle.vocab_size
+        self.max_context = bundle.max_context
+        self.eos_token_ids = bundle.eos_token_ids
+        self.weight_bytes = bundle.weight_bytes
+        self.bits_per_weight = bundle.bits_per_weight
+        self.prefill_chunk = prefill_chunk
+        self._session: Any = _open_session(bundle, self.device, threads)
+        self._cache = make_cache(bundle.cache, self.device)
+        self._binding = self._session.io_binding()
+        self._mask = np.ones((1, 256), np.int64)
+        self._logits = np.empty((1, 1, self.vocab_size), np.float32)
+
+    def logits(
+        self,
+        token_ids: TokenIds,
+        *,
+        lengths: list[int] | None = None,
+        start_position: int = 0,
+    ) -> Logits:
+        """See ``Runtime.logits``."""
+        batch, sequence = token_ids.shape
+        if start_position + sequence > self.max_context:
+            raise RequestError(
+                f"positions up to {start_position + sequence} are needed, the context has "
+                f"{self.max_context}; shorten the rows"
+            )
+        lengths = lengths or [sequence] * batch
+        mask = (np.arange(sequence)[None] < np.array(lengths)[:, None]).astype(np.int64)
+        positions = np.broadcast_to(np.arange(sequence) + start_position, token_ids.shape)
+        binding = self._session.io_binding()
+        self._bind_inputs(binding, token_ids, mask, positions, keep=0)
+        binding.bind_output("logits", "cpu")
+        ConcatenatedCache(self.bundle.cache, self.device, batch).bind(binding, 0, sequence)
+        self._session.run_with_iobinding(binding)
+        result: Logits = binding.get_outputs()[0].numpy()
+        return result
+
+    def close(self) -> None:
+        """Gives session and cache back."""
+        self._binding = None
+        self._cache.truncate(0)
+        self._session = None
+
+    def _run(self, token_ids: TokenIds, keep: int) -> Logits:
+        past, new = self.cache_length, token_ids.shape[1]
+        total = past + new
+        if total > self._mask.shape[1]:
+            self._mask = np.ones((1, 2 * total), np.int64)
+        binding = self._binding
+        positions = np.arange(past, total, dtype=np.int64)[None]
+        self._bind_inputs(binding, token_ids, self._mask[:, :total], positions, keep)
+        logits = self._logits if keep == 1 else np.empty((1, keep, self.vocab_size), np.float32)
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        self._cache.bind(binding, past, total)
+        self._session.run_with_iobinding(binding)
+        self._cache.collect(binding)
+        rows: Logits = logits[0].copy()
+        return rows
+
+    def _bind_inputs(
+        self, binding: Any, token_ids: TokenIds, mask: TokenIds, positions: TokenIds, keep: int
+    ) -> None:
+        # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
+        values = {
+            "input_ids": token_ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "num_logits_to_keep": np.array(keep),
+        }
+        for name, value in values.items():
+            array = np.require(value, np.int64, "C")
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def _truncate_cache(self, length: int) -> None:
+        self._cache.truncate(length)
+        if length == 0:
+            # The binding holds references to the old buffers.
+            self._binding = self._session.io_binding()
+
+
+def available_devices() -> list[str]:
+    """Devices that this onnxruntime was built for."""
+    providers = ort.get_available_providers()
+    return [device for device, provider in _PROVIDERS.items() if provider in providers]
+
+
+def _choose_device(bundle: Bundle, device: str) -> str:
+    if device == "auto":
+        device = bundle.device if bundle.device in available_devices() else "cpu"
+    if device not in _PROVIDERS:
+        raise BackendError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device not in available_devices():
+        raise BackendError(
+            f"onnxruntime {ort.__version__} has no {_PROVIDERS[device]} here; "
+            f'pip install "qwen2x[{device}]" (and uninstall the other onnxruntime first)'
+        )
+    if bundle.dtype == "bfloat16" and device == "cpu":
+        raise BackendError(
+            f"{bundle.folder} is a bfloat16 bundle for cuda, which is not here; "
+            "export it again with --device cpu"
+        )
+    return device
+
+
+def _open_session(bundle: Bundle, device: str, threads: int | None) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    providers: list[Any] = [_PROVIDERS[device]]
+    if device == "cuda":
+        ort.preload_dlls()
+        providers.append(_PROVIDERS["cpu"])
+    try:
+        session = ort.InferenceSession(bundle.folder / GRAPH_FILE, options, providers=providers)
+    except Exception as error:
+        if type(error).__module__.startswith("onnxruntime"):
+            reason = str(error).strip().splitlines()[0]
+            raise BundleError(
+                f"onnxruntime cannot open {bundle.folder / GRAPH_FILE}: {reason}"
+            ) from None
+        raise
+    if _PROVIDERS[device] not in session.get_providers():
+        raise BackendError(
+            f"onnxruntime could not start {_PROVIDERS[device]}; check the driver and the CUDA "
+            "libraries, or use --device cpu"
+        )
+    return session
+

@@ -1,0 +1,240 @@
+"""What every runtime can do, and how one is opened."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2x.exporters.bundle import is_bundle, open_bundle
+from qwen2x.quantize.errors import BackendError, RequestError
+
+Logits = NDArray[np.float32]
+TokenIds = NDArray[np.int64]
+DEFAULT_CHUNK = 512
+
+
+class Runtime(Protocol):
+    """One model with one KV cache. No caller sees a backend's own array type.
+
+    Attributes:
+        folder: where tokenizer and generation config lie.
+        backend: ``onnx``, ``torch``, ...; device: ``cpu`` or ``cuda``.
+        dtype: float type of activations and cache.
+        vocab_size: columns of the logits; the tokenizer may know fewer.
+        max_context: positions that the model can be used for.
+        eos_token_ids: tokens that end a text.
+        cached_ids: the tokens whose keys and values are in the cache.
+        weight_bytes, bits_per_weight: of the weights as this runtime reads them.
+    """
+
+    folder: Path
+    backend: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    cached_ids: list[int]
+    weight_bytes: int
+    bits_per_weight: float
+
+    @property
+    def cache_length(self) -> int:
+        """Positions in the cache."""
+        ...
+
+    def append(self, token_ids: list[int], keep: int = 1) -> Logits:
+        """Runs tokens behind the cache and gives the logits float32 [keep, vocab] of the last."""
+        ...
+
+    def prefill(self, token_ids: list[int]) -> Logits:
+        """Runs a prompt behind the cache, in chunks, and gives the last row's logits [vocab]."""
+        ...
+
+    def decode(self, token_id: int) -> Logits:
+        """Runs one token behind the cache and gives its logits float32 [vocab]."""
+        ...
+
+    def logits(
+        self,
+        token_ids: TokenIds,
+        *,
+        lengths: list[int] | None = None,
+        start_position: int = 0,
+    ) -> Logits:
+        """Logits float32 [batch, sequence, vocab] of whole rows, apart from the cache.
+
+        Args:
+            token_ids: int64 [batch, sequence], padded on the right.
+            lengths: valid tokens per row; all of them by default.
+            start_position: the position of every row's first token.
+        """
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Drops the cache beyond ``length`` positions."""
+        ...
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        ...
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+def open_runtime(
+    path: str | Path,
+    *,
+    backend: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    verify: bool = False,
+    prefill_chunk: int = DEFAULT_CHUNK,
+) -> Runtime:
+    """Opens a bundle, or with ``backend="torch"`` a Hugging Face folder.
+
+    Args:
+        path: the folder.
+        backend: ``onnx`` or ``torch``; by default what the bundle was made for.
+        device: ``cpu``, ``cuda``, or ``auto``: what the bundle was made for, if it is here.
+        threads: threads within an operator; by default one per physical core.
+        verify: hash every file of the bundle first.
+        prefill_chunk: tokens of a prompt that are run at once.
+
+    Raises:
+        BundleError: a damaged or unfit bundle.
+        BackendError: a backend, device or extra that is missing here.
+    """
+    folder = Path(path)
+    if backend not in (None, "onnx", "torch"):
+        raise BackendError(f"backend must be 'onnx' or 'torch', got {backend!r}")
+    if backend == "torch" or (backend is None and not is_bundle(folder) and _is_source(folder)):
+        module = _import_backend("qwen2x.runtimes.torch_runtime", "torch", "torch")
+        return cast(Runtime, module.TorchRuntime(folder, device=device, threads=threads))
+    bundle = open_bundle(folder, verify=verify)
+    if bundle.target != "onnx":
+        raise BackendError(
+            f"{folder} is made for {bundle.target}, the backend is onnx; export it with --to onnx"
+        )
+    module = _import_backend("qwen2x.runtimes.onnx_runtime", "onnxruntime", "cpu")
+    return cast(
+        Runtime,
+        module.OnnxRuntime(bundle, device=device, threads=threads, prefill_chunk=prefill_chunk),
+    )
+
+
+class CacheBookkeeping:
+    """What every runtime with one cache does alike: checks, chunks, and which tokens are in it.
+
+    A subclass implements ``_run`` (append a chunk, give the logits of its last rows) and
+    ``_truncate_cache``.
+    """
+
+    max_context: int
+    vocab_size: int
+    prefill_chunk: int = DEFAULT_CHUNK
+
+    def __init__(self) -> None:
+        self.cached_ids: list[int] = []
+
+    @property
+    def cache_length(self) -> int:
+        return len(self.cached_ids)
+
+    def append(self, token_ids: list[int], keep: int = 1) -> Logits:
+        self._require_fits(token_ids)
+        if not 1 <= keep <= len(token_ids):
+            raise RequestError(f"keep must be in 1..{len(token_ids)}, got {keep}")
+        rows: list[Logits] = []
+        for start in range(0, len(token_ids), self.prefill_chunk):
+            chunk = token_ids[start : start + self.prefill_chunk]
+            end = start + len(chunk)
+            wanted = max(0, min(len(chunk), end - (len(token_ids) - keep)))
+            logits = self._run(np.array([chunk], np.int64), max(1, wanted))
+            self.cached_ids.extend(chunk)
+            if wanted:
+                rows.append(logits)
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def prefill(self, token_ids: list[int]) -> Logits:
+        last: Logits = self.append(token_ids)[-1]
+        return last
+
+    def decode(self, token_id: int) -> Logits:
+        last: Logits = self.append([token_id])[-1]
+        return last
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= self.cache_length:
+            raise RequestError(f"truncate needs 0..{self.cache_length} positions, got {length}")
+        if length < self.cache_length:
+            self._truncate_cache(length)
+            del self.cached_ids[length:]
+
+    def reset(self) -> None:
+        self.truncate(0)
+
+    def close(self) -> None:
+        """Gives the memory back."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, token_ids: TokenIds, keep: int) -> Logits:
+        raise NotImplementedError
+
+    def _truncate_cache(self, length: int) -> None:
+        raise NotImplementedError
+
+    def _require_fits(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise RequestError("expected at least one token, got none")
+        wrong = [token for token in token_ids if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise RequestError(f"token ids must be in 0..{self.vocab_size - 1}, got {wrong[0]}")
+        needed = self.cache_length + len(token_ids)
+        if needed > self.max_context:
+            raise RequestError(
+                f"{needed} positions are needed, the context has {self.max_context}; "
+                "shorten the prompt"
+            )
+
+
+def _is_source(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _import_backend(module: str, library: str, extra: str) -> object:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in (library, "transformers"):
+            raise
+        raise BackendError(
+            f"{error.name} is not installed; expected by this backend: "
+            f'pip install "qwen2x[{extra}]"'
+        ) from None

@@ -1,0 +1,63 @@
+"""What counts as the same model, per scheme, with the reason for each limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """Limits of ``validate``. A figure beyond its limit fails it.
+
+    Attributes:
+        kl_mean: nats per position against PyTorch in float32.
+        top1_agreement: least share of positions with the same likeliest token.
+        max_abs_diff: of logits against PyTorch; None where a quantized model has no useful bound.
+        self_kl: nats per position between two ways through the same bundle: cache, chunks, batch.
+        greedy_against: whose greedy text must come out: ``transformers`` or the ``bundle`` itself,
+            read whole instead of step by step.
+    """
+
+    kl_mean: float
+    top1_agreement: float
+    max_abs_diff: float | None
+    self_kl: float
+    greedy_against: str
+
+
+# float32: two orders of summing the same products. Measured on the 0.5B checkpoint: KL 4e-9,
+#   largest difference 1e-4.
+# float16, bfloat16: rounding of activations and weights to 11 and 8 bits. llama.cpp reports
+#   KL 2.5e-5 between the two; attention and 24 to 80 layers multiply it.
+# int8: half a step of 1/127 of each group's largest weight, and int8 activations on the CPU.
+# int4: measured on the 0.5B checkpoint: 0.04 on code to 0.10 on prose without calibration; models
+#   of 7B and more lose less. Beyond 0.25 something is broken rather than rounded.
+# self_kl: float32 differs in the order of summing alone. Quantized graphs round activations to
+#   int8 per block, by kernels that differ between one row and many; a rounding that falls the other
+#   way moves the logits about as far as the rounding of activations itself. A wrong mask, position
+#   or cache entry gives 0.1 and more.
+_FLOAT32 = Tolerance(
+    kl_mean=1e-5,
+    top1_agreement=0.995,
+    max_abs_diff=5e-3,
+    self_kl=1e-6,
+    greedy_against="transformers",
+)
+_HALF = Tolerance(
+    kl_mean=5e-3, top1_agreement=0.95, max_abs_diff=None, self_kl=5e-3, greedy_against="bundle"
+)
+_INT8 = Tolerance(
+    kl_mean=5e-3, top1_agreement=0.95, max_abs_diff=None, self_kl=5e-3, greedy_against="bundle"
+)
+_INT4 = Tolerance(
+    kl_mean=0.25, top1_agreement=0.65, max_abs_diff=None, self_kl=0.03, greedy_against="bundle"
+)
+
+
+def tolerance_for(scheme: str, dtype: str) -> Tolerance:
+    """The limits for a bundle's scheme (``float``, ``int8-g32``, ...) and float type."""
+    if scheme.startswith("int4"):
+        return _INT4
+    if scheme.startswith("int8"):
+        return _INT8
+    return _FLOAT32 if dtype == "float32" else _HALF

@@ -1,0 +1,109 @@
+"""The judge: transformers' own Qwen2 in float32, behind the same protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache, Qwen2ForCausalLM
+
+from qwen2x.quantize.errors import BackendError
+from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
+
+
+class TorchRuntime(CacheBookkeeping):
+    """A Hugging Face folder in transformers; see ``Runtime`` for what its methods give.
+
+    Attention runs in float32 with PyTorch's scaled dot product, weights in float32 whatever type
+    they are stored in: 16-bit attention is itself wrong on Qwen2 (transformers #33317).
+    """
+
+    backend = "torch"
+    dtype = "float32"
+
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        super().__init__()
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise BackendError("PyTorch sees no CUDA device here; use --device cpu")
+        if threads:
+            torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        self.folder = folder
+        self.device = device
+        self._model: Any = Qwen2ForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        )
+        self._model = self._model.to(device).eval()
+        config, generation = self._model.config, self._model.generation_config
+        self.vocab_size = int(config.vocab_size)
+        self.max_context = _max_context(config)
+        eos = generation.eos_token_id
+        eos = config.eos_token_id if eos is None else eos
+        self.eos_token_ids = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        self.weight_bytes = 4 * parameters
+        self.bits_per_weight = 32.0
+        self._cache: Any = DynamicCache()
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        token_ids: TokenIds,
+        *,
+        lengths: list[int] | None = None,
+        start_position: int = 0,
+    ) -> Logits:
+        """See ``Runtime.logits``."""
+        batch, sequence = token_ids.shape
+        lengths = lengths or [sequence] * batch
+        mask = (np.arange(sequence)[None] < np.array(lengths)[:, None]).astype(np.int64)
+        positions = np.broadcast_to(np.arange(sequence) + start_position, token_ids.shape)
+        output = self._model(
+            input_ids=self._tensor(token_ids),
+            attention_mask=self._tensor(mask),
+            position_ids=self._tensor(positions),
+            use_cache=False,
+        )
+        return _to_numpy(output.logits)
+
+    def close(self) -> None:
+        """Gives model and cache back."""
+        self._model = None
+        self._cache = None
+
+    @torch.inference_mode()
+    def _run(self, token_ids: TokenIds, keep: int) -> Logits:
+        output = self._model(
+            input_ids=self._tensor(token_ids),
+            cache=self._cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return _to_numpy(output.logits[0])
+
+    def _truncate_cache(self, length: int) -> None:
+        if length == 0:
+            self._cache = DynamicCache()
+        else:
+            self._cache.crop(length - self.cache_length)
+
+    def _tensor(self, values: Any) -> torch.Tensor:
+        return torch.tensor(np.ascontiguousarray(values), device=self.device)
+
+
+def _to_numpy(tensor: Any) -> Logits:
+    array: Logits = tensor.float().cpu().numpy()
+    return array
+
+
+def _max_context(config: Any) -> int:
+    """YaRN reaches factor times the original length, whatever max_position_embeddings says."""
+    rope = config.rope_parameters or {}
+    reach = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
+    return max(int(config.max_position_embeddings), int(reach))

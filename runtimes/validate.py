@@ -1,0 +1,220 @@
+"""``validate``: the bundle's logits against PyTorch's, and against its own by other ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qwen2x.runtimes.compare import Difference, compare, kl_divergence, windows_of
+from qwen2x.runtimes.generate import Generation
+from qwen2x.runtimes.runtime import Logits, Runtime
+from qwen2x.runtimes.sampler import Sampling
+from qwen2x.runtimes.tolerance import Tolerance
+
+_PROBE = 48
+_GREEDY_TOKENS = 32
+_CHUNK = 13
+# A greedy choice between two tokens whose logits are this close is a tie, which summing in another
+# order may break the other way.
+_TIE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One figure against its limit. ``is_floor``: the value must reach the limit."""
+
+    name: str
+    value: float
+    limit: float
+    is_floor: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """``pass`` or ``fail``; a figure that is no number fails."""
+        holds = self.value >= self.limit if self.is_floor else self.value <= self.limit
+        return "pass" if holds else "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The outcome of a validation."""
+
+    difference: Difference
+    checks: list[Check]
+    tolerance: Tolerance
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """``pass`` if every check passed."""
+        failed = any(check.verdict == "fail" for check in self.checks)
+        return "fail" if failed else "pass"
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``validate --json`` prints."""
+        checks = [
+            {"name": c.name, "verdict": c.verdict, "value": c.value, "limit": c.limit}
+            for c in self.checks
+        ]
+        return {
+            "verdict": self.verdict,
+            **asdict(self.difference),
+            "checks": checks,
+            **self.facts,
+            "tolerance": asdict(self.tolerance),
+        }
+
+
+def validate(
+    candidate: Runtime,
+    reference: Runtime,
+    token_ids: Sequence[int],
+    *,
+    tolerance: Tolerance,
+    tokens: int = 1024,
+    window: int = 512,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """Runs the same tokens through both and checks the figures.
+
+    Args:
+        candidate: the bundle's runtime.
+        reference: the judge, transformers in float32.
+        token_ids: of the text, at least two.
+        tolerance: the limits.
+        tokens: how many of them to compare.
+        window: tokens that are read at once.
+        on_step: told what is about to run.
+
+    Raises:
+        RequestError: a text too short, or values out of range.
+    """
+    windows = windows_of(token_ids, tokens, min(window, candidate.max_context))
+    on_step("logits")
+    difference = compare(reference, candidate, windows)
+    checks = _limits(difference, tolerance)
+    probe = list(token_ids[:_PROBE])
+    whole = _whole(candidate, probe)
+    for name, way in (
+        ("cache_equals_prefill", _by_cache),
+        ("chunked_equals_whole", _by_chunks),
+    ):
+        on_step(name)
+        checks.append(_same(name, whole, way(candidate, probe), tolerance))
+    on_step("batch_equals_single")
+    checks.append(_batch_equals_single(candidate, probe, tolerance))
+    on_step("long_positions")
+    checks.append(_long_positions(candidate, reference, probe, tolerance))
+    on_step("greedy_text_equal")
+    checks.append(_greedy_text_equal(candidate, reference, probe, tolerance))
+    candidate.reset()
+    facts = {
+        "backend": candidate.backend,
+        "device": candidate.device,
+        "dtype": candidate.dtype,
+        "bits_per_weight": candidate.bits_per_weight,
+    }
+    return Report(difference=difference, checks=checks, tolerance=tolerance, facts=facts)
+
+
+def _limits(difference: Difference, tolerance: Tolerance) -> list[Check]:
+    checks = [
+        Check(name="all_finite", value=float(difference.all_finite), limit=1, is_floor=True),
+        Check(name="kl_mean", value=difference.kl_mean, limit=tolerance.kl_mean),
+        Check(
+            name="top1_agreement",
+            value=difference.top1_agreement,
+            limit=tolerance.top1_agreement,
+            is_floor=True,
+        ),
+    ]
+    if tolerance.max_abs_diff is not None:
+        checks.append(
+            Check(
+                name="max_abs_diff", value=difference.max_abs_diff, limit=tolerance.max_abs_diff
+            )
+        )
+    return checks
+
+
+def _same(name: str, one: Logits, other: Logits, tolerance: Tolerance) -> Check:
+    value = float(kl_divergence(one, other).mean())
+    return Check(name=name, value=max(value, 0.0) if value == value else value,
+                 limit=tolerance.self_kl)  # fmt: skip
+
+
+def _whole(runtime: Runtime, probe: list[int]) -> Logits:
+    rows: Logits = runtime.logits(np.array([probe], np.int64))[0]
+    return rows
+
+
+def _by_cache(runtime: Runtime, probe: list[int]) -> Logits:
+    """Token by token; then the last half once more after a truncation, which must not matter."""
+    runtime.reset()
+    rows = [runtime.decode(token) for token in probe]
+    half = len(probe) // 2
+    runtime.truncate(half)
+    rows[half:] = [runtime.decode(token) for token in probe[half:]]
+    return np.stack(rows)
+
+
+def _by_chunks(runtime: Runtime, probe: list[int]) -> Logits:
+    runtime.reset()
+    parts = [probe[start : start + _CHUNK] for start in range(0, len(probe), _CHUNK)]
+    return np.concatenate([runtime.append(part, keep=len(part)) for part in parts])
+
+
+def _batch_equals_single(runtime: Runtime, probe: list[int], tolerance: Tolerance) -> Check:
+    """Rows of different lengths, padded on the right, against each row alone."""
+    lengths = sorted({len(probe), max(1, len(probe) // 2), max(1, len(probe) // 3)})
+    padded = np.zeros((len(lengths), len(probe)), np.int64)
+    for row, length in enumerate(lengths):
+        padded[row, :length] = probe[:length]
+    batch = runtime.logits(padded, lengths=lengths)
+    together = np.concatenate([batch[row, :length] for row, length in enumerate(lengths)])
+    alone = np.concatenate([_whole(runtime, probe[:length]) for length in lengths])
+    return _same("batch_equals_single", alone, together, tolerance)
+
+
+def _long_positions(
+    candidate: Runtime, reference: Runtime, probe: list[int], tolerance: Tolerance
+) -> Check:
+    """The last positions of the context, reached by their numbers alone."""
+    probe = probe[: candidate.max_context]
+    start = candidate.max_context - len(probe)
+    ids = np.array([probe], np.int64)
+    ours = candidate.logits(ids, start_position=start)[0]
+    theirs = reference.logits(ids, start_position=start)[0]
+    value = float(kl_divergence(theirs, ours).mean())
+    return Check(name="long_positions", value=value, limit=tolerance.kl_mean)
+
+
+def _greedy_text_equal(
+    candidate: Runtime, reference: Runtime, probe: list[int], tolerance: Tolerance
+) -> Check:
+    """Share of greedy tokens, made with the cache, that the judge would choose in their place.
+
+    The judge reads prompt and answer whole: transformers for float32, else the bundle itself.
+    """
+    candidate.reset()
+    limit = min(_GREEDY_TOKENS, candidate.max_context - len(probe))
+    if limit < 1:
+        probe, limit = probe[: candidate.max_context // 2], candidate.max_context // 4
+    answer = Generation(
+        runtime=candidate,
+        prompt_ids=probe,
+        sampling=Sampling(),
+        max_tokens=limit,
+        ignore_eos=True,
+    )
+    made = answer.run().token_ids
+    judge = reference if tolerance.greedy_against == "transformers" else candidate
+    rows = _whole(judge, [*probe, *made])[len(probe) - 1 : -1]
+    best = rows.max(axis=1)
+    chosen = rows[np.arange(len(made)), made]
+    tie = _TIE if judge is reference else 0.5
+    share = float((chosen >= best - tie).mean())
+    return Check(name="greedy_text_equal", value=share, limit=1.0, is_floor=True)
