@@ -1,4 +1,4 @@
-"""The manifest ``qwen2x.json`` of a bundle: written last, read first, and what it promises checked."""
+"""The manifest ``qwen2x.json`` of a bundle: written last, read first, its promises checked."""
 
 from __future__ import annotations
 

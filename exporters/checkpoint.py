@@ -9,6 +9,7 @@ because pages that were converted must be given back: mapped pages count as resi
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -20,10 +21,9 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-
 from qwen2x.exporters.config import Qwen2Config, read_config, read_json
 from qwen2x.quantize.errors import CheckpointError
+from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
@@ -43,12 +43,12 @@ class Tensor:
     @property
     def row_elements(self) -> int:
         """Elements of one row; a vector is one row per element."""
-        return int(np.prod(self.shape[1:], dtype=np.int64))
+        return math.prod(self.shape[1:])
 
     @property
     def bytes(self) -> int:
         """Stored size."""
-        return self.shape[0] * self.row_elements * np.dtype(DTYPES[self.dtype]).itemsize
+        return int(self.shape[0] * self.row_elements * np.dtype(DTYPES[self.dtype]).itemsize)
 
 
 class Checkpoint:
@@ -124,7 +124,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     tensors: dict[str, Tensor] = {}
-    for shard in _find_shards(folder):
+    for shard in find_shards(folder):
         for tensor in read_header(folder / shard):
             if tensor.name in tensors:
                 raise CheckpointError(
@@ -174,7 +174,8 @@ def read_header(path: Path) -> Iterator[Tensor]:
         )
 
 
-def _find_shards(folder: Path) -> list[str]:
+def find_shards(folder: Path) -> list[str]:
+    """Names of the safetensors files: those of the index, or all; pickle weights are refused."""
     index = read_json(folder / INDEX)
     if index is not None:
         weight_map = index.get("weight_map")

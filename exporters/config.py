@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Qwen2Config:
     @property
     def parameters(self) -> int:
         """The number of weights, a tied head counted once."""
-        return sum(_product(shape) for shape in self.expected_tensors().values())
+        return sum(math.prod(shape) for shape in self.expected_tensors().values())
 
 
 def read_config(folder: Path) -> Qwen2Config:
@@ -169,7 +170,7 @@ def _require_dense_qwen2(raw: Mapping[str, Any]) -> None:
 
 
 def _refuse_sliding_window(raw: Mapping[str, Any]) -> None:
-    """transformers 5: with a window in use, layers from max_window_layers on slide."""
+    """Transformers 5: with a window in use, layers from max_window_layers on slide."""
     layers = int(raw.get("num_hidden_layers", 0) or 0)
     first = raw.get("max_window_layers", 28)
     slides = bool(raw.get("use_sliding_window")) and raw.get("sliding_window") is not None
@@ -187,7 +188,9 @@ def _dimension(raw: Mapping[str, Any], key: str, default: int | None = None) -> 
         value = default
     largest = _LARGEST.get(key, _LARGEST_DIMENSION)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise ConfigError(f"config.json: {key} must be a whole number in 1..{largest}, got {value!r}")
+        raise ConfigError(
+            f"config.json: {key} must be a whole number in 1..{largest}, got {value!r}"
+        )
     return value
 
 
@@ -214,10 +217,3 @@ def _eos(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ..
         if isinstance(item, bool) or not isinstance(item, int) or item < 0:
             raise ConfigError(f"eos_token_id must be a whole number or a list, got {value!r}")
     return tuple(dict.fromkeys(ids))
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

@@ -28,6 +28,7 @@ def export(
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    source_name: str | None = None,
     **options: Any,
 ) -> Export:
     """Exports a Qwen2 checkpoint.
@@ -39,7 +40,8 @@ def export(
         revision: branch, tag or commit of a hub id.
         force: replace an existing folder.
         progress: called with bytes written and bytes in all.
-        **options: the fields of ``Options``: bits, group_size, dtype, device, max_context.
+        source_name: what the manifest calls the source, if not its id or folder name.
+        **options: the fields of ``Options``: bits, group_size, method, dtype, device, max_context.
 
     Raises:
         InputError: a source, option or folder that does not fit; nothing is left behind.
@@ -51,7 +53,7 @@ def export(
         folder,
         Path(out),
         Options(**options),
-        source_id=source_id(source),
+        source_id=source_name or source_id(source),
         force=force,
         progress=progress or (lambda done, total: None),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from onnx import TensorProto
-
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
 from qwen2x.exporters.onnx_target import Target
@@ -56,7 +55,7 @@ class AttentionBuilder:
         return [f"present.{layer}.key", f"present.{layer}.value"]
 
     def _rope_tables(self, rows: int) -> tuple[str, str]:
-        """cos and sin [rows, head_dim/2], from small constants that the session folds."""
+        """Cos and sin [rows, head_dim/2], from small constants that the session folds."""
         graph, rope = self._graph, self._config.rope
         graph.constant("/rope/start", np.array(0, np.int64))
         graph.constant("/rope/rows", np.array(rows, np.int64))

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
-
 from qwen2x.exporters.onnx_weights import DATA_FILE, Region
 
 Dimension = int | str
@@ -83,7 +82,13 @@ class GraphBuilder:
         return output
 
     def node(
-        self, name: str, inputs: list[str], outputs: list[str], *, domain: str = "", **attributes: Any
+        self,
+        name: str,
+        inputs: list[str],
+        outputs: list[str],
+        *,
+        domain: str = "",
+        **attributes: Any,
     ) -> None:
         """Adds a node with any outputs; ``value`` records their shapes."""
         operator = name.rsplit("/", 1)[-1]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-
 from qwen2x.exporters.bundle import FORMAT_VERSION, describe_files, sha256_of, write_manifest
 from qwen2x.exporters.checkpoint import Checkpoint, open_checkpoint
 from qwen2x.exporters.config import Qwen2Config, read_json
@@ -23,8 +22,8 @@ from qwen2x.exporters.onnx_graph import Recipe, build_graph
 from qwen2x.exporters.onnx_target import find_target
 from qwen2x.exporters.onnx_weights import DATA_FILE, WeightLayout
 from qwen2x.exporters.onnx_writer import CHUNK_ELEMENTS, JOURNAL, Progress, write_weights
-from qwen2x.exporters.staging import require_space, stage_folder
-from qwen2x.quantize.errors import ConfigError
+from qwen2x.exporters.staging import KEY_FILE, require_space, stage_folder
+from qwen2x.quantize.errors import ConfigError, SchemeError
 from qwen2x.quantize.scheme import Scheme
 
 GRAPH_FILE = "model.onnx"
@@ -33,6 +32,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 DEFAULT_GROUP_SIZE = 32
+# auto is the best that there is: today rounding to scales of least squared error.
+METHODS = ("auto", "rtn")
 # What Python, NumPy and onnx occupy, and what one worker's chunk needs in all its forms.
 _BASE_MEMORY = 130 << 20
 _WORKERS, _BYTES_PER_CHUNK_ELEMENT = 4, 20
@@ -46,6 +47,7 @@ class Options:
     dtype: str | None = None
     bits: int | None = None
     group_size: int = DEFAULT_GROUP_SIZE
+    method: str = "auto"
     max_context: int | None = None
 
 
@@ -76,7 +78,7 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """An estimate; it does not depend on the model's size but for a row of its widest matrix."""
+        """An estimate. Of the model's size, only a row of its widest matrix matters."""
         widest = max(weight.columns for weight in self.layout.weights)
         chunk = max(CHUNK_ELEMENTS, widest)
         return _BASE_MEMORY + 2 * _WORKERS * chunk * _BYTES_PER_CHUNK_ELEMENT
@@ -88,7 +90,9 @@ def plan_export(config: Qwen2Config, options: Options) -> Plan:
     Raises:
         SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
     """
-    scheme = options.bits and Scheme(bits=options.bits, group_size=options.group_size) or None
+    if options.method not in METHODS:
+        raise SchemeError(f"method must be {' or '.join(METHODS)}, got {options.method!r}")
+    scheme = (options.bits and Scheme(bits=options.bits, group_size=options.group_size)) or None
     reach = config.rope.max_positions
     max_context = reach if options.max_context is None else options.max_context
     if not 1 <= max_context <= reach:
@@ -185,6 +189,7 @@ def _manifest(plan: Plan, source: dict[str, Any], staging: Path) -> dict[str, An
         },
         "parameters": config.parameters,
         "bits_per_weight": round(plan.bits_per_weight, 4),
+        "by_kind": _by_kind(plan),
         "weight_bytes": sum(weight.bytes for weight in plan.layout.weights),
         "rope": {
             "theta": rope.theta,
@@ -205,16 +210,43 @@ def _manifest(plan: Plan, source: dict[str, Any], staging: Path) -> dict[str, An
             "layout": recipe.target.cache_layout,
         },
         "eos_token_ids": list(config.eos_token_ids),
-        "files": describe_files_without_key(staging),
+        "files": _describe(staging),
         "quality": {},
         "versions": {"qwen2x": _version(), "onnx": onnx.__version__, "numpy": np.__version__},
     }
 
 
-def describe_files_without_key(staging: Path) -> dict[str, Any]:
+# Which part of a model a weight belongs to, by a piece of its name; the first that fits.
+_KINDS = (
+    ("embed_tokens", "embedding"),
+    ("lm_head", "head"),
+    ("norm", "norms"),
+    (".bias", "biases"),
+    ("self_attn", "attention"),
+    ("mlp", "mlp"),
+)
+
+
+def kind_of(name: str) -> str:
+    """``embedding``, ``head``, ``norms``, ``biases``, ``attention`` or ``mlp``."""
+    return next(kind for piece, kind in _KINDS if piece in name)
+
+
+def _by_kind(plan: Plan) -> dict[str, dict[str, float]]:
+    """Parameters, bytes and bits per weight of each part."""
+    parts: dict[str, dict[str, float]] = {}
+    for weight in plan.layout.weights:
+        part = parts.setdefault(kind_of(weight.name), {"parameters": 0, "bytes": 0})
+        part["parameters"] += weight.rows * weight.columns
+        part["bytes"] += weight.bytes
+        part["bits_per_weight"] = round(8 * part["bytes"] / part["parameters"], 4)
+    return parts
+
+
+def _describe(staging: Path) -> dict[str, Any]:
     """The files that will be in the bundle: all but the staging's own note."""
     files = describe_files(staging)
-    files.pop("export-key.json", None)
+    files.pop(KEY_FILE)
     return files
 
 

@@ -7,7 +7,7 @@ Inputs
     past_key_values.{i}.{key,value}  [batch, key_value_heads, past, head_dim]       float type
     num_logits_to_keep (optional)    []  0: all rows, n: the last n                 int64
 Outputs
-    logits                           [batch, kept, vocab_size]                      float32
+    logits                           [batch, sequence (or kept), vocab_size]        float32
     present.{i}.{key,value}          [batch, key_value_heads, total, head_dim]      float type
 
 Operators: ``docs/ContribOperators.md`` of onnxruntime 1.31 for com.microsoft, opset 23 otherwise.
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, TensorProto
-
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_attention import AttentionBuilder, B, S, T
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
@@ -74,7 +73,8 @@ class _Decoder:
         self.graph.input("input_ids", TensorProto.INT64, (B, S))
         self.graph.input("attention_mask", TensorProto.INT64, (B, T))
         self.graph.input("position_ids", TensorProto.INT64, (B, S))
-        self.graph.output("logits", TensorProto.FLOAT, (B, KEPT, self.config.vocab_size))
+        # Declared with the axis name of the inputs: optimum derives output shapes from it.
+        self.graph.output("logits", TensorProto.FLOAT, (B, S, self.config.vocab_size))
         self.attention = AttentionBuilder(
             self.graph, recipe.config, recipe.target, recipe.max_context
         )
@@ -194,7 +194,7 @@ class _Decoder:
         )
 
     def _linear(self, place: str, x: str, weight: Weight, leading: Shape, bias: str = "") -> str:
-        """x times the transposed weight [rows, columns], plus a bias [rows]."""
+        """X times the transposed weight [rows, columns], plus a bias [rows]."""
         shape: Shape = (*leading, weight.rows)
         if weight.scheme is not None:
             inside = bias if self.target.has_bias_in_matmul else ""

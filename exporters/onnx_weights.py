@@ -6,11 +6,11 @@ can be written first and the weights streamed afterwards, in any order, row chun
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 from onnx import TensorProto
-
 from qwen2x.exporters.onnx_target import NUMPY_TYPES
 from qwen2x.quantize.packing import matmul_nbits_shape
 from qwen2x.quantize.scheme import Scheme
@@ -30,12 +30,12 @@ class Region:
     @property
     def bytes(self) -> int:
         """Length in bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.item_bytes
+        return math.prod(self.shape) * self.item_bytes
 
     @property
     def item_bytes(self) -> int:
         """Bytes of one element."""
-        return np.dtype(NUMPY_TYPES[self.element_type]).itemsize
+        return int(np.dtype(NUMPY_TYPES[self.element_type]).itemsize)
 
     @property
     def row_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Streams weights into ``model.onnx_data``: read, convert or quantize, write, row chunk by row chunk.
+"""Streams weights into ``model.onnx_data``: read, convert or quantize, write, chunk by chunk.
 
 No more than one chunk per worker lives in memory. A journal names the weights whose bytes are on
 disk, so that a killed export goes on where it stopped.
@@ -15,7 +15,6 @@ from threading import Lock
 from types import TracebackType
 
 import numpy as np
-
 from qwen2x.exporters.checkpoint import Checkpoint
 from qwen2x.exporters.onnx_target import NUMPY_TYPES
 from qwen2x.exporters.onnx_weights import Region, Weight, WeightLayout
@@ -31,7 +30,7 @@ _SYNC_BYTES = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """Rows ``start:stop`` of one checkpoint tensor, which become rows from ``row`` on of a weight."""
+    """Rows ``start:stop`` of a checkpoint tensor, which become a weight's rows from ``row`` on."""
 
     weight: Weight
     source: str
@@ -46,6 +45,9 @@ def write_weights(
     """Writes (or completes) the data file and brings it to disk.
 
     Args:
+        checkpoint: where the floats come from.
+        layout: where each weight goes.
+        path: the data file; its journal lies beside it.
         progress: called with bytes written so far and bytes in all.
 
     Raises:
@@ -164,7 +166,7 @@ class _DataFile:
         data = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
         with self._lock:
             self._file.seek(region.offset + row * region.row_bytes)
-            self._file.write(data)
+            self._file.write(data.data)
 
     def finish(self, weight: Weight) -> None:
         """Notes a weight as written; it enters the journal with the next sync."""

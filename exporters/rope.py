@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from qwen2x.quantize.errors import ConfigError
 
 DEFAULT_THETA = 10_000.0
@@ -54,7 +53,7 @@ class Rope:
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
         # Correctly rounded powers: within 1 ulp of PyTorch's vectorised float32 power.
         powers = (np.float64(self.theta) ** exponents.astype(np.float64)).astype(np.float32)
-        plain = np.float32(1) / powers
+        plain: NDArray[np.float32] = np.float32(1) / powers
         if not self.is_yarn:
             return plain
         stretched = np.float32(1) / (np.float32(self.factor) * powers)
@@ -71,7 +70,8 @@ class Rope:
         if low == high:
             high += 0.001
         pairs = np.arange(self.head_dim // 2, dtype=np.float32)
-        return np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)
+        ramp: NDArray[np.float32] = (pairs - np.float32(low)) / np.float32(high - low)
+        return np.clip(ramp, np.float32(0), np.float32(1))
 
     def _pair_turning(self, turns: float) -> float:
         """The (fractional) pair that turns this often within the original context."""
@@ -89,7 +89,8 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
     unknown = sorted(set(settings) - _KEYS)
     if unknown:
         raise ConfigError(
-            f"rope settings: unknown key {', '.join(unknown)}; expected only {', '.join(sorted(_KEYS))}"
+            f"rope settings: unknown key {', '.join(unknown)}; "
+            f"expected only {', '.join(sorted(_KEYS))}"
         )
     kind = _kind(settings)
     theta = _number(settings, "rope_theta", DEFAULT_THETA)
@@ -138,7 +139,7 @@ def _kind(settings: Mapping[str, Any]) -> str:
     if kind == "default" and settings.get("factor") not in (None, 1, 1.0):
         raise ConfigError(
             f"rope settings have factor {settings['factor']} but no type; "
-            "add \"rope_type\": \"yarn\" or remove the factor"
+            'add "rope_type": "yarn" or remove the factor'
         )
     return str(kind)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-
 from qwen2x.quantize.errors import BundleError
 
 KEY_FILE = "export-key.json"

@@ -1,4 +1,4 @@
-"""Float matrices to integer codes and scales, and back: the only arithmetic, shared by every target.
+"""Float matrices to integer codes and scales, and back: one arithmetic for every target.
 
 For a fixed rounding the scale of least squared error is ``sum(w*q) / sum(q*q)``, and its error is
 ``sum(w*w) - sum(w*q)**2 / sum(q*q)``. So a few trial scales decide the rounding, the best trial is
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
-
 from qwen2x.quantize.scheme import Scheme
 
 Float = NDArray[np.float32]
@@ -78,7 +77,8 @@ def _best_scales(weights: Float, scheme: Scheme) -> Float:
     rounded, product = np.empty_like(weights), np.empty_like(weights)
     for reach in TRIALS[scheme.bits]:
         # The extreme weight goes to the negative end, which has one code more than the positive.
-        _round_to_signed(weights, np.float32(-reach) / safe, scheme, rounded)
+        inverse = (-reach / safe).astype(np.float32)
+        _round_to_signed(weights, inverse, scheme, rounded)
         np.multiply(weights, rounded, out=product)
         weight_code = product.sum(axis=0)
         np.multiply(rounded, rounded, out=product)
@@ -90,7 +90,8 @@ def _best_scales(weights: Float, scheme: Scheme) -> Float:
         np.copyto(best_gain, gain, where=better)
         np.copyto(best_scale, scale, where=better)
     best_scale[is_zero] = 0
-    return best_scale.astype(bfloat16).astype(np.float32)
+    scales: Float = best_scale.astype(bfloat16).astype(np.float32)
+    return scales
 
 
 def _round(weights: Float, scales: Float, scheme: Scheme) -> Codes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
 from qwen2x.quantize.scheme import Scheme
 
 Codes = NDArray[np.uint8]
@@ -21,7 +20,7 @@ def pack_bytes(codes: Codes, bits: int) -> NDArray[np.uint8]:
     """Bytes uint8 [rows, columns*bits/8] of codes uint8 [rows, columns]."""
     if bits == 8:
         return np.ascontiguousarray(codes)
-    packed: NDArray[np.uint8] = codes[:, 1::2] << 4
+    packed = np.left_shift(codes[:, 1::2], np.uint8(4))
     packed |= codes[:, 0::2]
     return packed
 

@@ -15,8 +15,8 @@ class Scheme:
     """Symmetric integer codes that share one scale per group along the input dimension.
 
     A weight is ``scale * (code - zero_point)`` with codes in ``0 .. 2**bits - 1`` and the constant
-    zero point ``2**(bits - 1)``. Scales are bfloat16 numbers, whatever type a target stores them in,
-    so that no target rounds them and all targets hold the same integers.
+    zero point ``2**(bits - 1)``. Scales are bfloat16 numbers, whatever type a target stores them
+    in, so that no target rounds them and all targets hold the same integers.
     """
 
     bits: int

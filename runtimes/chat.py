@@ -15,7 +15,6 @@ from typing import Any, NoReturn, TypedDict
 import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from qwen2x.quantize.errors import RequestError
 
 

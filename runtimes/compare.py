@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.runtime import Logits, TokenIds
 
@@ -29,7 +28,7 @@ class GivesLogits(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Figures over all positions of a text."""
+    """Figures over all positions of a text; ``kl`` is per position, in nats."""
 
     positions: int
     max_abs_diff: float
@@ -43,6 +42,7 @@ class Difference:
     perplexity: float
     perplexity_reference: float
     all_finite: bool
+    kl: tuple[float, ...] = field(repr=False, default=())
 
 
 def windows_of(token_ids: Sequence[int], tokens: int, window: int) -> list[list[int]]:
@@ -138,6 +138,7 @@ class _Gathered:
             perplexity=float(np.exp(np.mean(self.losses))),
             perplexity_reference=float(np.exp(np.mean(self.reference_losses))),
             all_finite=self.all_finite,
+            kl=tuple(kl.tolist()),
         )
 
 
@@ -157,7 +158,8 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
 def _cosine(one: Logits, other: Logits) -> NDArray[np.float64]:
     products = np.einsum("rv,rv->r", one, other, dtype=np.float64)
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return products / np.maximum(norms, np.finfo(np.float32).tiny)
+    cosines: NDArray[np.float64] = products / np.maximum(norms, np.finfo(np.float32).tiny)
+    return cosines
 
 
 def _shared_top(one: Logits, other: Logits) -> int:

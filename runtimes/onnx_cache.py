@@ -49,9 +49,7 @@ class _Names:
         shape = [batch, self._heads, length, self._head_dim]
         if self._device == "cpu" and self._element_type != 16:
             return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._element_type))
-        return ort.OrtValue.ortvalue_from_shape_and_type(
-            shape, self._element_type, self._device, 0
-        )
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._element_type, self._device, 0)
 
     def _upload(self, values: Any) -> Any:
         """Keys or values, as ``OrtValue.numpy`` gave them, back on the device."""
@@ -74,6 +72,7 @@ class SharedCache(_Names):
         self.capacity = 0
 
     def bind(self, binding: Any, past: int, total: int) -> None:
+        """See ``OnnxCache``."""
         if total > self.capacity:
             self._grow(past, total)
         for part, buffer in self._buffers.items():
@@ -109,11 +108,13 @@ class ConcatenatedCache(_Names):
         self._values: dict[str, Any] = {part: self._allocate(0, batch) for part in self._parts}
 
     def bind(self, binding: Any, past: int, total: int) -> None:
+        """See ``OnnxCache``."""
         for part, value in self._values.items():
             binding.bind_ortvalue_input(f"past_key_values.{part}", value)
             binding.bind_output(f"present.{part}", self._device)
 
     def collect(self, binding: Any) -> None:
+        """See ``OnnxCache``."""
         outputs = binding.get_outputs()
         names = [f"present.{part}" for part in self._parts]
         # Outputs come in the order of binding, logits first.
@@ -121,5 +122,6 @@ class ConcatenatedCache(_Names):
             self._values[name.removeprefix("present.")] = value
 
     def truncate(self, length: int) -> None:
+        """See ``OnnxCache``."""
         for part, value in self._values.items():
             self._values[part] = self._upload(value.numpy()[:, :, :length])

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, make_cache
@@ -162,4 +161,3 @@ def _open_session(bundle: Bundle, device: str, threads: int | None) -> Any:
             "libraries, or use --device cpu"
         )
     return session
-

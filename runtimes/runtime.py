@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
-
 from qwen2x.exporters.bundle import is_bundle, open_bundle
 from qwen2x.quantize.errors import BackendError, RequestError
 
@@ -155,9 +154,11 @@ class CacheBookkeeping:
 
     @property
     def cache_length(self) -> int:
+        """See ``Runtime``."""
         return len(self.cached_ids)
 
     def append(self, token_ids: list[int], keep: int = 1) -> Logits:
+        """See ``Runtime``."""
         self._require_fits(token_ids)
         if not 1 <= keep <= len(token_ids):
             raise RequestError(f"keep must be in 1..{len(token_ids)}, got {keep}")
@@ -173,14 +174,17 @@ class CacheBookkeeping:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def prefill(self, token_ids: list[int]) -> Logits:
+        """See ``Runtime``."""
         last: Logits = self.append(token_ids)[-1]
         return last
 
     def decode(self, token_id: int) -> Logits:
+        """See ``Runtime``."""
         last: Logits = self.append([token_id])[-1]
         return last
 
     def truncate(self, length: int) -> None:
+        """See ``Runtime``."""
         if not 0 <= length <= self.cache_length:
             raise RequestError(f"truncate needs 0..{self.cache_length} positions, got {length}")
         if length < self.cache_length:
@@ -188,6 +192,7 @@ class CacheBookkeeping:
             del self.cached_ids[length:]
 
     def reset(self) -> None:
+        """See ``Runtime``."""
         self.truncate(0)
 
     def close(self) -> None:
@@ -228,7 +233,7 @@ def _is_source(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _import_backend(module: str, library: str, extra: str) -> object:
+def _import_backend(module: str, library: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

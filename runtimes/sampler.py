@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from qwen2x.quantize.errors import RequestError
 
 Logits = NDArray[np.float32]

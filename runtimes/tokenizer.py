@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen2x.quantize.errors import RequestError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
-
-from qwen2x.quantize.errors import RequestError
 
 
 class Tokenizer:

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import DynamicCache, Qwen2ForCausalLM
-
 from qwen2x.quantize.errors import BackendError
 from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
+from transformers import DynamicCache, Qwen2ForCausalLM
 
 
 class TorchRuntime(CacheBookkeeping):
@@ -51,7 +50,6 @@ class TorchRuntime(CacheBookkeeping):
         self.bits_per_weight = 32.0
         self._cache: Any = DynamicCache()
 
-    @torch.inference_mode()
     def logits(
         self,
         token_ids: TokenIds,
@@ -64,12 +62,13 @@ class TorchRuntime(CacheBookkeeping):
         lengths = lengths or [sequence] * batch
         mask = (np.arange(sequence)[None] < np.array(lengths)[:, None]).astype(np.int64)
         positions = np.broadcast_to(np.arange(sequence) + start_position, token_ids.shape)
-        output = self._model(
-            input_ids=self._tensor(token_ids),
-            attention_mask=self._tensor(mask),
-            position_ids=self._tensor(positions),
-            use_cache=False,
-        )
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=self._tensor(token_ids),
+                attention_mask=self._tensor(mask),
+                position_ids=self._tensor(positions),
+                use_cache=False,
+            )
         return _to_numpy(output.logits)
 
     def close(self) -> None:
@@ -77,14 +76,14 @@ class TorchRuntime(CacheBookkeeping):
         self._model = None
         self._cache = None
 
-    @torch.inference_mode()
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
-        output = self._model(
-            input_ids=self._tensor(token_ids),
-            cache=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=self._tensor(token_ids),
+                cache=self._cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         return _to_numpy(output.logits[0])
 
     def _truncate_cache(self, length: int) -> None:

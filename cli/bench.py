@@ -1,0 +1,80 @@
+"""``qwen2x bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from qwen2x.cli.options import json_option
+from qwen2x.cli.output import peak_memory_bytes, print_json, print_table, size_text
+
+
+@click.command("bench", epilog="Example: qwen2x bench qwen-int4 --threads 2")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Default: one per physical core.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+@json_option
+def command(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Measure prefill and decode speed of BUNDLE: medians of repeats after one to warm up."""
+    result = run_bench(bundle, **options)
+    if as_json:
+        print_json(result)
+        return
+    click.echo(f"{bundle}: {result['bits_per_weight']:.2f} bits per weight, {result['device']}")
+    print_table(
+        [
+            ("prefill", f"{result['prefill_tokens_per_s']:.1f} tokens/s "
+                        f"({result['prompt_tokens']} tokens)"),
+            ("decode", f"{result['decode_tokens_per_s']:.1f} tokens/s "
+                       f"({result['new_tokens']} tokens)"),
+            ("first token", f"{result['time_to_first_token_s']:.3f} s"),
+            ("load", f"{result['load_s']:.2f} s"),
+            ("weights", size_text(result["weight_bytes"])),
+            ("peak memory", size_text(result["peak_memory_bytes"])),
+        ]
+    )  # fmt: skip
+
+
+def run_bench(
+    bundle: Path,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 128,
+    repeat: int = 3,
+    threads: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """The object that ``bench --json`` prints."""
+    import time
+
+    from qwen2x.cli.validate import read_text
+    from qwen2x.runtimes.bench import bench
+    from qwen2x.runtimes.generate import read_text_files
+    from qwen2x.runtimes.runtime import open_runtime
+
+    started = time.perf_counter()
+    with open_runtime(bundle, device=device, threads=threads) as runtime:
+        load_s = time.perf_counter() - started
+        text_ids = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
+        speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "repeats": repeat,
+            "prefill_tokens_per_s": speed.prefill_tokens_per_s,
+            "decode_tokens_per_s": speed.decode_tokens_per_s,
+            "time_to_first_token_s": speed.time_to_first_token_s,
+            "load_s": load_s,
+            "weight_bytes": runtime.weight_bytes,
+            "bits_per_weight": runtime.bits_per_weight,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "threads": threads,
+            "backend": runtime.backend,
+            "device": runtime.device,
+        }

@@ -1,0 +1,75 @@
+"""``qwen2x demo``."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+
+import click
+from qwen2x.cli.output import size_text
+from qwen2x.cli.validate import print_report, run_validation
+
+CHECKPOINT = "tiny-qwen2"
+SAMPLE = "sample.txt"
+PROMPT = "And it came to pass, that the king said unto"
+SHAPES: tuple[tuple[str, int | None], ...] = (("float", None), ("int4", 4))
+
+
+@click.command("demo", epilog="Example: qwen2x demo --out demo-bundles")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Keep the bundles here. Default: a temporary folder.",
+)
+def command(out: Path | None) -> None:
+    """The whole way on the small checkpoint that ships with qwen2x.
+
+    Exports it as float and in 4 bits, compares both with PyTorch, and lets them write.
+    """
+    with resources.as_file(resources.files("qwen2x.examples")) as examples:
+        if out is not None:
+            _walk(examples, out)
+            return
+        with tempfile.TemporaryDirectory(prefix="qwen2x-demo-") as folder:
+            _walk(examples, Path(folder))
+
+
+def _walk(examples: Path, out: Path) -> None:
+    from qwen2x.exporters.export import export
+
+    started = time.monotonic()
+    source = examples / CHECKPOINT
+    text = (examples / SAMPLE).read_text(encoding="utf-8")
+    passed = True
+    for name, bits in SHAPES:
+        folder = out / name
+        flags = f"--bits {bits} " if bits else ""
+        click.echo(f"\n$ qwen2x export {source} --to onnx {flags}-o {folder}")
+        done = export(source, out=folder, bits=bits, force=True)
+        size = sum(entry["bytes"] for entry in done.manifest["files"].values())
+        click.echo(f"  {size_text(size)}, {done.manifest['bits_per_weight']:.2f} bits per weight")
+        click.echo(f"$ qwen2x validate {folder} --against {source} --text {SAMPLE}")
+        report = run_validation(folder, str(source), text, quiet=True)
+        print_report(folder, report)
+        passed &= report.verdict == "pass"
+        click.echo(f'$ qwen2x run {folder} --raw "{PROMPT}" --max-tokens 60 --seed 1')
+        _write(folder)
+    click.echo(f"\n{'all passed' if passed else 'FAILED'} in {time.monotonic() - started:.1f} s")
+    if not passed:
+        click.get_current_context().exit(1)
+
+
+def _write(folder: Path) -> None:
+    from dataclasses import replace
+
+    from qwen2x.runtimes.generate import generate, read_text_files
+    from qwen2x.runtimes.runtime import open_runtime
+    from qwen2x.runtimes.sampler import read_sampling
+
+    with open_runtime(folder) as runtime:
+        sampling = replace(read_sampling(read_text_files(runtime.folder).generation), seed=1)
+        answer = generate(runtime, PROMPT, max_tokens=60, sampling=sampling, raw=True).run()
+    speed = len(answer.token_ids) / answer.decode_s
+    click.echo(f"  {PROMPT}{answer.text}\n  ({len(answer.token_ids)} tokens at {speed:.0f}/s)")

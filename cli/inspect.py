@@ -1,0 +1,153 @@
+"""``qwen2x inspect``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+from qwen2x.cli.options import json_option
+from qwen2x.cli.output import print_json, print_table, size_text
+
+
+@click.command("inspect", epilog="Example: qwen2x inspect qwen-int4")
+@click.argument("path")
+@click.option("--revision", help="Branch, tag or commit, when PATH is a hub id.")
+@click.option("--verify", is_flag=True, help="Hash every file of a bundle.")
+@json_option
+def command(path: str, revision: str | None, verify: bool, as_json: bool) -> None:
+    """Show what PATH is: a checkpoint (folder or hub id) or a bundle."""
+    from qwen2x.exporters.bundle import is_bundle
+
+    folder = Path(path)
+    if is_bundle(folder):
+        facts = inspect_bundle(folder, verify=verify)
+    else:
+        from qwen2x.exporters.hub import resolve_source
+
+        facts = inspect_checkpoint(resolve_source(path, revision=revision))
+    if as_json:
+        print_json(facts)
+        return
+    _print(path, facts)
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """The object that ``inspect --json`` prints for a checkpoint."""
+    from qwen2x.exporters.checkpoint import open_checkpoint
+    from qwen2x.exporters.onnx_export import kind_of
+    from qwen2x.runtimes.chat import read_chat_template
+
+    with open_checkpoint(folder) as checkpoint:
+        config, rope = checkpoint.config, checkpoint.config.rope
+        matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
+        stored: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for tensor in checkpoint.tensors.values():
+            entry = stored[kind_of(tensor.name)]
+            entry[0] += tensor.shape[0] * tensor.row_elements
+            entry[1] += tensor.bytes
+        elements = sum(tensor.shape[0] * tensor.row_elements for tensor in matrices)
+        return {
+            "kind": "checkpoint",
+            "architecture": "Qwen2ForCausalLM",
+            "parameters": config.parameters,
+            "bytes": checkpoint.bytes,
+            "bits_per_weight": 8 * sum(tensor.bytes for tensor in matrices) / elements,
+            "dtypes": sorted({tensor.dtype for tensor in checkpoint.tensors.values()}),
+            "by_kind": _by_kind(stored),
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "heads": [config.num_attention_heads, config.num_key_value_heads],
+            "head_dim": config.head_dim,
+            "vocab_size": config.vocab_size,
+            "is_tied": config.is_tied,
+            "rope": {
+                "theta": rope.theta,
+                "type": "yarn" if rope.is_yarn else "default",
+                "factor": rope.factor,
+                "original_max_position_embeddings": rope.original_max_position_embeddings or None,
+                "attention_factor": rope.attention_factor,
+            },
+            "max_context": rope.max_positions,
+            "cache_elements_per_token": config.cache_elements_per_token,
+            "eos_token_ids": list(config.eos_token_ids),
+            "has_chat_template": read_chat_template(folder) is not None,
+            "shards": checkpoint.shards,
+            "target": None,
+            "scheme": "float",
+        }
+
+
+def inspect_bundle(folder: Path, *, verify: bool = False) -> dict[str, Any]:
+    """The object that ``inspect --json`` prints for a bundle."""
+    from qwen2x.exporters.bundle import open_bundle
+
+    bundle = open_bundle(folder, verify=verify)
+    manifest, cache = bundle.manifest, bundle.cache
+    elements = 2 * cache["layers"] * cache["num_key_value_heads"] * cache["head_dim"]
+    keys = (
+        "target", "device", "dtype", "scheme", "schemes", "method", "parameters",
+        "bits_per_weight", "by_kind", "weight_bytes", "rope", "inputs", "optional_inputs",
+        "outputs", "cache", "eos_token_ids", "source", "quality", "versions",
+    )  # fmt: skip
+    return {
+        "kind": "bundle",
+        "architecture": "Qwen2ForCausalLM",
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        **{key: manifest[key] for key in keys},
+        "max_context": bundle.max_context,
+        "cache_bytes_per_token": elements * (4 if cache["dtype"] == "float32" else 2),
+        "files": manifest["files"],
+        "is_verified": verify,
+    }
+
+
+def _by_kind(stored: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+    return {
+        kind: {"parameters": count, "bytes": size, "bits_per_weight": 8 * size / count}
+        for kind, (count, size) in stored.items()
+    }
+
+
+def _print(path: str, facts: dict[str, Any]) -> None:
+    click.echo(f"{path}: {facts['kind']}, {facts['architecture']}")
+    rope = facts["rope"]
+    rows = [
+        ("parameters", f"{facts['parameters'] / 1e9:.3f} billion"),
+        ("size", size_text(facts["bytes"])),
+        ("bits per weight", f"{facts['bits_per_weight']:.2f} ({facts['scheme']})"),
+    ]
+    for kind, part in facts["by_kind"].items():
+        rows.append(
+            (f"  {kind}", f"{part['bits_per_weight']:.2f} bits, {size_text(part['bytes'])}")
+        )
+    rows.append(("context", f"{facts['max_context']} positions, rope theta {rope['theta']:g}"))
+    if facts["kind"] == "bundle":
+        rows += [
+            ("target", f"{facts['target']} for {facts['device']}, {facts['dtype']}"),
+            ("KV cache", f"{size_text(facts['cache_bytes_per_token'])} per token"),
+            ("made of", str(facts["source"]["id"])),
+            ("inputs", _names(facts["inputs"] + facts["optional_inputs"])),
+            ("outputs", _names(facts["outputs"])),
+        ]
+        quality = facts["quality"]
+        rows.append(
+            ("quality", f"{quality['verdict']}, KL {quality['kl_mean']:.3g}" if quality
+             else "not validated yet: qwen2x validate")
+        )  # fmt: skip
+    else:
+        rows += [
+            ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, heads "
+                       f"{facts['heads'][0]}/{facts['heads'][1]} of {facts['head_dim']}"),
+            ("vocabulary", f"{facts['vocab_size']} rows, "
+                           + ("tied head" if facts["is_tied"] else "own head")),
+            ("stored as", f"{', '.join(facts['dtypes'])} in {len(facts['shards'])} file(s)"),
+            ("chat template", "yes" if facts["has_chat_template"] else "no"),
+        ]  # fmt: skip
+    print_table(rows)
+
+
+def _names(names: list[str]) -> str:
+    shown = [name for name in names if "." not in name]
+    return ", ".join(shown) + f" and {len(names) - len(shown)} of the KV cache"

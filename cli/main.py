@@ -1,0 +1,85 @@
+"""The ``qwen2x`` command: a group whose commands are imported when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib import metadata
+
+import click
+from qwen2x.quantize.errors import Qwen2xError
+
+# Name: one line for `qwen2x --help`, so that it imports no command.
+COMMANDS = {
+    "export": "Convert a checkpoint into a bundle, quantized if wanted.",
+    "run": "Answer one prompt.",
+    "chat": "Talk with a model in the terminal.",
+    "validate": "Compare a bundle's logits with PyTorch's.",
+    "bench": "Measure prefill and decode speed.",
+    "inspect": "Show what a checkpoint or bundle is.",
+    "demo": "The whole way on the small checkpoint that ships with qwen2x.",
+    "doctor": "Show what is usable here, and what to install for the rest.",
+}
+
+
+class LazyGroup(click.Group):
+    """Finds a command in the module of its name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports the command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"qwen2x.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table, without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: qwen2x export ./Qwen2.5-0.5B-Instruct --to onnx --bits 4 -o qwen-int4",
+)
+@click.version_option(metadata.version("qwen2x"), prog_name="qwen2x")
+def cli() -> None:
+    """Export Qwen2 models to ONNX, quantize them, run them, and check them against PyTorch."""
+
+
+def main() -> None:
+    """Runs the command and exits: 0 good, 1 a check failed, 2 usage or input, 130 Ctrl-C."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except Qwen2xError as error:
+        code = _complain(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        code = _complain(error.format_message() + hint)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `| head` does; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _complain(message: str) -> int:
+    click.echo("qwen2x: error: " + " ".join(message.split()), err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""``qwen2x run``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+from qwen2x.cli.options import (
+    json_option,
+    model_options,
+    open_model,
+    quantize_options,
+    sampling_for,
+    sampling_options,
+    take_sampling,
+)
+from qwen2x.cli.output import log, peak_memory_bytes, print_json
+from qwen2x.quantize.errors import RequestError
+
+
+@click.command("run", epilog='Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0')
+@click.argument("model")
+@click.argument("prompt", required=False)
+@model_options
+@quantize_options
+@sampling_options
+@click.option("--stop", multiple=True, help="Ends the text and is not shown. Repeatable.")
+@click.option("--system", help="The system message.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without chat template.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed on standard error.")
+@json_option
+def command(
+    model: str,
+    prompt: str | None,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    system: str | None,
+    raw: bool,
+    verbose: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer PROMPT with MODEL: a bundle, a Hugging Face folder, or a hub id.
+
+    Without PROMPT, or with -, standard input is read. A checkpoint is exported once (float, or with
+    --bits) into the cache, and that bundle is used from then on.
+    """
+    from qwen2x.runtimes.generate import generate
+
+    given = take_sampling(options)
+    text = _read_prompt(prompt)
+    started = time.perf_counter()
+    with open_model(model, **options) as runtime:
+        load_s = time.perf_counter() - started
+        answer = generate(
+            runtime,
+            text,
+            max_tokens=max_tokens,
+            sampling=sampling_for(runtime, given),
+            stop=stop,
+            system=system,
+            raw=raw,
+        )
+        for piece in answer:
+            if not as_json:
+                click.echo(piece.text, nl=False)
+                sys.stdout.flush()
+        if not as_json:
+            click.echo()
+        timings = _timings(answer, load_s)
+        if as_json:
+            print_json(
+                {
+                    "text": answer.text,
+                    "token_ids": answer.token_ids,
+                    "prompt_tokens": len(answer.prompt_ids),
+                    "new_tokens": len(answer.token_ids),
+                    "finish_reason": answer.finish_reason,
+                    "backend": runtime.backend,
+                    "device": runtime.device,
+                    "timings": timings,
+                    "peak_memory_bytes": peak_memory_bytes(),
+                }
+            )
+    if verbose:
+        log(
+            f"{len(answer.prompt_ids)} prompt tokens at {timings['prefill_tokens_per_s']:.1f}/s, "
+            f"{len(answer.token_ids)} new at {timings['decode_tokens_per_s']:.1f}/s, "
+            f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s"
+        )
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None or prompt == "-":
+        if prompt is None and sys.stdin.isatty():
+            log("reading the prompt from standard input; end it with Ctrl-D")
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise RequestError("the prompt is empty; give a text, or - for standard input")
+    return prompt
+
+
+def _timings(answer: Any, load_s: float) -> dict[str, float]:
+    prefilled = len(answer.prompt_ids) - answer.cached_tokens
+    decoded = max(0, len(answer.token_ids) - (answer.finish_reason == "length"))
+    return {
+        "load_s": load_s,
+        "prefill_s": answer.prefill_s,
+        "decode_s": answer.decode_s,
+        "prefill_tokens_per_s": prefilled / answer.prefill_s if answer.prefill_s else 0.0,
+        "decode_tokens_per_s": decoded / answer.decode_s if answer.decode_s else 0.0,
+    }

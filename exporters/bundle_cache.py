@@ -1,0 +1,84 @@
+"""Bundles that ``run`` made of a checkpoint, kept for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from qwen2x.exporters.bundle import MANIFEST, sha256_of
+from qwen2x.exporters.checkpoint import find_shards
+from qwen2x.exporters.export import export
+from qwen2x.exporters.hub import resolve_source, source_id
+from qwen2x.exporters.onnx_export import Options, options_key
+from qwen2x.exporters.onnx_writer import Progress
+
+_HASHES = "hashes.json"
+
+
+def cache_folder() -> Path:
+    """``QWEN2X_CACHE``, else ``qwen2x`` in the user's cache folder."""
+    if named := os.environ.get("QWEN2X_CACHE"):
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qwen2x"
+
+
+def cached_bundle(
+    source: str | Path,
+    options: Options,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The bundle of a source, exported once; its key holds the source's hash and every option.
+
+    Raises:
+        InputError: as ``export`` does.
+    """
+    folder = resolve_source(source, revision=revision)
+    key = f"{_source_hash(folder)[:16]}-{options_key(options)}"
+    out = cache_folder() / "bundles" / f"{source_id(source).replace('/', '--')}-{key}"
+    if not (out / MANIFEST).is_file():
+        export(folder, out=out, progress=progress, source_name=source_id(source), **vars(options))
+    return out
+
+
+def _source_hash(folder: Path) -> str:
+    """One hash of config and shards. A file's own hash is remembered while size and time stay."""
+    remembered_at = cache_folder() / _HASHES
+    remembered = _read(remembered_at)
+    whole = hashlib.sha256()
+    is_changed = False
+    for name in ("config.json", "generation_config.json", *find_shards(folder)):
+        path = (folder / name).resolve()
+        if not path.is_file():
+            continue
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        entry = remembered.get(str(path))
+        if entry is None or entry[:2] != stamp:
+            entry = [*stamp, sha256_of(path)]
+            remembered[str(path)] = entry
+            is_changed = True
+        whole.update(f"{name}:{entry[2]};".encode())
+    if is_changed:
+        _write(remembered_at, remembered)
+    return whole.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    temporary.replace(path)
