@@ -18,9 +18,9 @@ from http import HTTPStatus
 from pathlib import Path
 
 import pytest
+
 from qwen2x.exporters.hub import resolve_source, source_id
 from qwen2x.quantize.errors import SourceError
-
 from tests.small_hub import SmallHub
 
 SMALL = {"config.json": b"{}", "model.safetensors": b"weights"}

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qwen2x.exporters.export import export
-from qwen2x.runtimes.runtime import open_runtime
 from tokenizers import Tokenizer
 
+from qwen2x.exporters.export import export
+from qwen2x.runtimes.runtime import open_runtime
 from tests.foreign.environments import CannotInstallError, Environment, Outcome, open_environment
 
 pytestmark = pytest.mark.foreign

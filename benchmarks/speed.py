@@ -1,0 +1,70 @@
+"""Prefill and decode speed of our 4-bit bundle against onnxruntime-genai on its own 4-bit export.
+
+    python -m benchmarks.speed CHECKPOINT [--repeat 3] [--rounds 2] [--threads 2]
+
+Same checkpoint, same prompt of 512 tokens, 128 new tokens, same threads; both in turn, and the
+best median of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from benchmarks.measure import (
+    QWEN2X,
+    build_with_genai,
+    genai_environment,
+    run_json,
+    run_measured,
+    write_result,
+)
+from qwen2x.cli.validate import read_text
+from qwen2x.runtimes.tokenizer import Tokenizer
+
+PROMPT, NEW = 512, 128
+SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    environment = genai_environment()
+    ids = Tokenizer(args.checkpoint).encode(read_text(None))[:PROMPT]
+    script = Path(__file__).with_name("genai_speed.py")
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        bundle, genai = Path(folder) / "ours", Path(folder) / "genai"
+        run_measured([*QWEN2X, "export", args.checkpoint, "--bits", "4", "-o", bundle])
+        build_with_genai(environment, args.checkpoint, genai)
+        for _ in range(args.rounds):
+            ours.append(run_json([
+                *QWEN2X, "bench", bundle, "--prompt-tokens", PROMPT, "--new-tokens", NEW,
+                "--repeat", args.repeat, "--threads", args.threads, "--json",
+            ]))  # fmt: skip
+            theirs.append(run_json([
+                environment.python, script, genai, json.dumps(ids), NEW, args.repeat, args.threads,
+            ]))  # fmt: skip
+    best = {name: max(run[name] for run in ours) for name in SPEEDS}
+    genai_best = {name: max(run[name] for run in theirs) for name in SPEEDS}
+    write_result(
+        "speed",
+        {
+            "prompt_tokens": PROMPT,
+            "new_tokens": NEW,
+            "threads": args.threads,
+            "qwen2x": {"rounds": ours, "best": best},
+            "onnxruntime-genai": {"rounds": theirs, "best": genai_best},
+            "ratio": {name: best[name] / genai_best[name] for name in SPEEDS},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
