@@ -14,8 +14,9 @@ import onnxruntime_genai as og
 def main() -> None:
     folder, ids, new_tokens, repeat, threads = sys.argv[1], *map(json.loads, sys.argv[2:6])
     config = og.Config(folder)
-    overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-    config.overlay(json.dumps(overlay))
+    if threads:
+        overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+        config.overlay(json.dumps(overlay))
     model = og.Model(config)
     prompt = np.array(ids, np.int32)
     runs = [measure(model, prompt, new_tokens) for _ in range(repeat + 1)][1:]

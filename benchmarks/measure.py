@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,25 +33,35 @@ class Run:
     output: str
 
 
+# The kernel counts a parent's memory into a child's peak, so a small process stands between.
+_LAUNCHER = """
+import json, os, sys
+pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+with open(sys.argv[1], "w") as file:
+    json.dump([os.waitstatus_to_exitcode(status), usage.ru_maxrss], file)
+"""
+
+
 def run_measured(command: Sequence[object]) -> Run:
     """Runs a command to its end; peak memory is the kernel's count for it (and its children)."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"PYTHONUTF8": "1"},
-    )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}")
+    words = [str(part) for part in command]
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder) / "usage.json"
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, note, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"PYTHONUTF8": "1"},
+        )
+        seconds = time.perf_counter() - started
+        code, peak = json.loads(note.read_text(encoding="utf-8"))
+    if code:
+        raise SystemExit(f"{' '.join(words)} ended with {code}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds=seconds, peak_memory_bytes=usage.ru_maxrss * unit, output=output)
+    return Run(seconds=seconds, peak_memory_bytes=peak * unit, output=done.stdout)
 
 
 def run_json(command: Sequence[object]) -> dict[str, Any]:

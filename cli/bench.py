@@ -6,19 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import click
-from qwen2x.cli.options import json_option
-from qwen2x.cli.output import peak_memory_bytes, print_json, print_table, size_text
+
+from qwen2x.cli.machine import peak_memory_bytes, physical_cores
+from qwen2x.cli.options import json_option, place_options
+from qwen2x.cli.output import print_json, print_table, size_text
 
 
-@click.command("bench", epilog="Example: qwen2x bench qwen-int4 --threads 2")
+@click.command("bench", epilog="\b\nExample: qwen2x bench qwen-int4 --threads 2")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True)
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--threads", type=click.IntRange(1, 1024), help="Default: one per physical core.")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Length of the prompt.",
 )
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(2),
+    default=128,
+    show_default=True,
+    help="Length of the answer.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Runs that the medians are of.",
+)
+@place_options
 @json_option
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure prefill and decode speed of BUNDLE: medians of repeats after one to warm up."""
@@ -26,7 +43,10 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(result)
         return
-    click.echo(f"{bundle}: {result['bits_per_weight']:.2f} bits per weight, {result['device']}")
+    click.echo(
+        f"{bundle}: {result['bits_per_weight']:.2f} bits per weight, "
+        f"{result['backend']} on {result['device']}, {result['threads']} threads"
+    )
     print_table(
         [
             ("prefill", f"{result['prefill_tokens_per_s']:.1f} tokens/s "
@@ -74,7 +94,7 @@ def run_bench(
             "weight_bytes": runtime.weight_bytes,
             "bits_per_weight": runtime.bits_per_weight,
             "peak_memory_bytes": peak_memory_bytes(),
-            "threads": threads,
+            "threads": threads or physical_cores(),
             "backend": runtime.backend,
             "device": runtime.device,
         }

@@ -8,7 +8,9 @@ from importlib import resources
 from pathlib import Path
 
 import click
+
 from qwen2x.cli.output import size_text
+from qwen2x.cli.run import timings_of
 from qwen2x.cli.validate import print_report, run_validation
 
 CHECKPOINT = "tiny-qwen2"
@@ -17,7 +19,7 @@ PROMPT = "And it came to pass, that the king said unto"
 SHAPES: tuple[tuple[str, int | None], ...] = (("float", None), ("int4", 4))
 
 
-@click.command("demo", epilog="Example: qwen2x demo --out demo-bundles")
+@click.command("demo", epilog="\b\nExample: qwen2x demo --out demo-bundles")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -37,6 +39,7 @@ def command(out: Path | None) -> None:
 
 
 def _walk(examples: Path, out: Path) -> None:
+    from qwen2x.exporters.bundle import is_bundle
     from qwen2x.exporters.export import export
 
     started = time.monotonic()
@@ -47,10 +50,11 @@ def _walk(examples: Path, out: Path) -> None:
         folder = out / name
         flags = f"--bits {bits} " if bits else ""
         click.echo(f"\n$ qwen2x export {source} --to onnx {flags}-o {folder}")
-        done = export(source, out=folder, bits=bits, force=True)
+        # An earlier demo's bundles are replaced, nobody else's folder is.
+        done = export(source, out=folder, bits=bits, force=is_bundle(folder))
         size = sum(entry["bytes"] for entry in done.manifest["files"].values())
         click.echo(f"  {size_text(size)}, {done.manifest['bits_per_weight']:.2f} bits per weight")
-        click.echo(f"$ qwen2x validate {folder} --against {source} --text {SAMPLE}")
+        click.echo(f"$ qwen2x validate {folder} --against {source} --text {examples / SAMPLE}")
         report = run_validation(folder, str(source), text, quiet=True)
         print_report(folder, report)
         passed &= report.verdict == "pass"
@@ -71,5 +75,5 @@ def _write(folder: Path) -> None:
     with open_runtime(folder) as runtime:
         sampling = replace(read_sampling(read_text_files(runtime.folder).generation), seed=1)
         answer = generate(runtime, PROMPT, max_tokens=60, sampling=sampling, raw=True).run()
-    speed = len(answer.token_ids) / answer.decode_s
+        speed = timings_of(answer, 0.0)["decode_tokens_per_s"]
     click.echo(f"  {PROMPT}{answer.text}\n  ({len(answer.token_ids)} tokens at {speed:.0f}/s)")

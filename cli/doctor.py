@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import platform
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import click
+
+from qwen2x.cli.machine import physical_cores
 from qwen2x.cli.options import json_option
 from qwen2x.cli.output import print_json
 
-# Extra: (modules it must bring, what it is for)
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """What ``pip install "qwen2x[name]"`` brings.
+
+    Attributes:
+        backend: the module that needs it; that it can be imported is the proof.
+        libraries: what that module imports.
+        purpose: what it is for.
+    """
+
+    backend: str
+    libraries: tuple[str, ...]
+    purpose: str
+
+
+_ONNX, _TORCH = "qwen2x.runtimes.onnx_runtime", "qwen2x.runtimes.torch_runtime"
 _EXTRAS = {
-    "cpu": (("onnxruntime",), "runs ONNX bundles on the CPU"),
-    "cuda": (("onnxruntime",), "runs ONNX bundles on NVIDIA GPUs (instead of cpu)"),
-    "torch": (("torch", "transformers"), "the judge of validate, and --backend torch"),
+    "cpu": Extra(backend=_ONNX, libraries=("onnxruntime",), purpose="runs ONNX bundles on the CPU"),
+    "cuda": Extra(
+        backend=_ONNX,
+        libraries=("onnxruntime",),
+        purpose="runs ONNX bundles on NVIDIA GPUs (instead of cpu)",
+    ),
+    "torch": Extra(
+        backend=_TORCH,
+        libraries=("torch", "transformers"),
+        purpose="the judge of validate, and --backend torch",
+    ),
 }
 
 
-@click.command("doctor", epilog="Example: qwen2x doctor")
+@click.command("doctor", epilog="\b\nExample: qwen2x doctor")
 @json_option
 def command(as_json: bool) -> None:
     """Show which backends, devices and extras are usable here, and what to install for the rest."""
@@ -43,45 +69,50 @@ def command(as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """The object that ``doctor --json`` prints."""
-    devices = _onnx_devices()
+    failures = {module: _failure_of(module) for module in (_ONNX, _TORCH)}
+    devices: list[str] = []
+    if failures[_ONNX] is None:
+        devices = importlib.import_module(_ONNX).available_devices()
+    backends = {"onnx": _ONNX, "torch": _TORCH}
     return {
         "qwen2x": metadata.version("qwen2x"),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
+        "cores": physical_cores(),
+        "logical_cores": os.cpu_count(),
         "devices": devices,
-        "backends": _backends(devices),
-        "extras": {name: _extra(name, devices) for name in _EXTRAS},
+        "backends": [name for name, module in backends.items() if failures[module] is None],
+        "extras": {
+            name: _state_of(name, extra, failures[extra.backend], devices)
+            for name, extra in _EXTRAS.items()
+        },
     }
 
 
-def _onnx_devices() -> list[str]:
-    if importlib.util.find_spec("onnxruntime") is None:
-        return []
-    runtime = importlib.import_module("qwen2x.runtimes.onnx_runtime")
-    devices: list[str] = runtime.available_devices()
-    return devices
+def _failure_of(module: str) -> str | None:
+    """Why a backend cannot be imported; None if it can. A broken library may raise anything."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed"
+    except Exception as error:
+        return f"cannot be imported: {' '.join(str(error).split())}"
+    return None
 
 
-def _backends(devices: list[str]) -> list[str]:
-    backends = ["onnx"] if devices else []
-    if all(importlib.util.find_spec(module) for module in _EXTRAS["torch"][0]):
-        backends.append("torch")
-    return backends
-
-
-def _extra(name: str, devices: list[str]) -> dict[str, Any]:
-    modules, purpose = _EXTRAS[name]
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    is_usable = not missing and (name != "cuda" or "cuda" in devices)
+def _state_of(name: str, extra: Extra, failure: str | None, devices: list[str]) -> dict[str, Any]:
+    is_usable = failure is None and (name != "cuda" or "cuda" in devices)
+    versions = ", ".join(f"{library} {_version(library)}" for library in extra.libraries)
     advice = f'pip install "qwen2x[{name}]"'
-    if name == "cuda" and not missing and not is_usable:
+    if failure is None and not is_usable:
+        failure = f"{versions} is built without CUDA"
         advice = f"pip uninstall onnxruntime, then {advice} (the two cannot stand side by side)"
-    if missing:
-        detail = f"{', '.join(missing)} not installed"
-    else:
-        detail = ", ".join(f"{module} {_version(module)}" for module in modules)
-    return {"is_usable": is_usable, "purpose": purpose, "detail": detail, "advice": advice}
+    return {
+        "is_usable": is_usable,
+        "purpose": extra.purpose,
+        "detail": failure or versions,
+        "advice": advice,
+    }
 
 
 def _version(module: str) -> str:

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from qwen2x.cli.machine import peak_memory_bytes
 from qwen2x.cli.options import json_option, quantize_options
-from qwen2x.cli.output import byte_progress, peak_memory_bytes, print_json, print_table, size_text
+from qwen2x.cli.output import byte_progress, print_json, print_table, size_text
 
 
 @click.command(
     "export",
-    epilog="Example: qwen2x export Qwen/Qwen2.5-0.5B-Instruct --to onnx --bits 4 -o qwen-int4",
+    epilog="\b\nExample: qwen2x export Qwen/Qwen2.5-0.5B-Instruct --to onnx --bits 4 -o qwen-int4",
 )
 @click.argument("source")
 @click.option(
     "--to", "target", type=click.Choice(["onnx"]), default="onnx", show_default=True,
     help="What to write.",
 )  # fmt: skip
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder. Needed.")
 @quantize_options
 @click.option(
     "--method", type=click.Choice(["auto", "rtn"]), default="auto", show_default=True,
@@ -31,7 +33,7 @@ from qwen2x.cli.output import byte_progress, peak_memory_bytes, print_json, prin
     help="What the graph is built for.",
 )  # fmt: skip
 @click.option("--max-context", type=int, help="Positions to prepare for. Default: all it can.")
-@click.option("--revision", help="Branch, tag or commit, when SOURCE is a hub id.")
+@click.option("--revision", help="Branch, tag or commit, when SOURCE is a hub id. Default: main.")
 @click.option("--dry-run", is_flag=True, help="Only show files, bytes, bits per weight, memory.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @json_option
@@ -59,7 +61,9 @@ def command(
         _dry_run(source, chosen, revision, as_json)
         return
     if out is None:
-        raise click.UsageError("missing -o FOLDER: where to write the bundle")
+        raise click.UsageError(
+            "missing -o FOLDER: where to write the bundle", click.get_current_context()
+        )
     from qwen2x.exporters.export import export
 
     started = time.monotonic()

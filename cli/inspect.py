@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from qwen2x.cli.options import json_option
 from qwen2x.cli.output import print_json, print_table, size_text
+from qwen2x.quantize.errors import RequestError
 
 
-@click.command("inspect", epilog="Example: qwen2x inspect qwen-int4")
+@click.command("inspect", epilog="\b\nExample: qwen2x inspect qwen-int4")
 @click.argument("path")
-@click.option("--revision", help="Branch, tag or commit, when PATH is a hub id.")
+@click.option("--revision", help="Branch, tag or commit, when PATH is a hub id. Default: main.")
 @click.option("--verify", is_flag=True, help="Hash every file of a bundle.")
 @json_option
 def command(path: str, revision: str | None, verify: bool, as_json: bool) -> None:
@@ -22,10 +24,14 @@ def command(path: str, revision: str | None, verify: bool, as_json: bool) -> Non
 
     folder = Path(path)
     if is_bundle(folder):
+        if revision is not None:
+            raise RequestError(f"{path} is a bundle, which has no revisions; leave out --revision")
         facts = inspect_bundle(folder, verify=verify)
     else:
         from qwen2x.exporters.hub import resolve_source
 
+        if verify:
+            raise RequestError(f"{path} is no bundle, only bundles have hashes; leave out --verify")
         facts = inspect_checkpoint(resolve_source(path, revision=revision))
     if as_json:
         print_json(facts)
@@ -112,9 +118,8 @@ def _by_kind(stored: dict[str, list[int]]) -> dict[str, dict[str, float]]:
 
 def _print(path: str, facts: dict[str, Any]) -> None:
     click.echo(f"{path}: {facts['kind']}, {facts['architecture']}")
-    rope = facts["rope"]
     rows = [
-        ("parameters", f"{facts['parameters'] / 1e9:.3f} billion"),
+        ("parameters", _count_text(facts["parameters"])),
         ("size", size_text(facts["bytes"])),
         ("bits per weight", f"{facts['bits_per_weight']:.2f} ({facts['scheme']})"),
     ]
@@ -122,20 +127,16 @@ def _print(path: str, facts: dict[str, Any]) -> None:
         rows.append(
             (f"  {kind}", f"{part['bits_per_weight']:.2f} bits, {size_text(part['bytes'])}")
         )
-    rows.append(("context", f"{facts['max_context']} positions, rope theta {rope['theta']:g}"))
+    rows.append(("context", f"{facts['max_context']} positions, {_rope_text(facts['rope'])}"))
     if facts["kind"] == "bundle":
         rows += [
             ("target", f"{facts['target']} for {facts['device']}, {facts['dtype']}"),
             ("KV cache", f"{size_text(facts['cache_bytes_per_token'])} per token"),
-            ("made of", str(facts["source"]["id"])),
+            ("made of", _source_text(facts)),
             ("inputs", _names(facts["inputs"] + facts["optional_inputs"])),
             ("outputs", _names(facts["outputs"])),
         ]
-        quality = facts["quality"]
-        rows.append(
-            ("quality", f"{quality['verdict']}, KL {quality['kl_mean']:.3g}" if quality
-             else "not validated yet: qwen2x validate")
-        )  # fmt: skip
+        rows.append(("quality", _quality_text(facts["quality"])))
     else:
         rows += [
             ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, heads "
@@ -146,6 +147,36 @@ def _print(path: str, facts: dict[str, Any]) -> None:
             ("chat template", "yes" if facts["has_chat_template"] else "no"),
         ]  # fmt: skip
     print_table(rows)
+
+
+def _count_text(count: int) -> str:
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} billion"
+    return f"{count / 1e6:.1f} million"
+
+
+def _rope_text(rope: dict[str, Any]) -> str:
+    """A checkpoint has one factor, a bundle a list of them; 1 is rope without YaRN."""
+    text = f"rope theta {rope['theta']:g}"
+    factors = [factor for factor in rope.get("factors", [rope.get("factor")]) if factor > 1]
+    if not factors:
+        return text
+    times = ", ".join(f"{factor:g}" for factor in factors)
+    return f"{text}, YaRN factor {times} over {rope['original_max_position_embeddings']}"
+
+
+def _source_text(facts: dict[str, Any]) -> str:
+    source, version = facts["source"], facts["versions"]["qwen2x"]
+    first, *more = [sha256 for name, sha256 in source["sha256"].items() if name != "config.json"]
+    others = f" and {len(more)} more" if more else ""
+    return f"{source['id']} (sha256 {first[:12]}{others}), by qwen2x {version}"
+
+
+def _quality_text(quality: dict[str, Any]) -> str:
+    if not quality:
+        return "not validated yet: qwen2x validate"
+    kl_mean = quality["kl_mean"]
+    return f"{quality['verdict']}, KL " + ("not finite" if kl_mean is None else f"{kl_mean:.3g}")
 
 
 def _names(names: list[str]) -> str:

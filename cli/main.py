@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
+import io
 import sys
 from importlib import metadata
 
 import click
+
 from qwen2x.quantize.errors import Qwen2xError
 
 # Name: one line for `qwen2x --help`, so that it imports no command.
@@ -46,7 +47,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Example: qwen2x export ./Qwen2.5-0.5B-Instruct --to onnx --bits 4 -o qwen-int4",
+    epilog="\b\nExample: qwen2x export ./Qwen2.5-0.5B-Instruct --to onnx --bits 4 -o qwen-int4",
 )
 @click.version_option(metadata.version("qwen2x"), prog_name="qwen2x")
 def cli() -> None:
@@ -54,9 +55,14 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command and exits: 0 good, 1 a check failed, 2 usage or input, 130 Ctrl-C."""
+    """Runs the command and exits: 0 good, 1 a check failed, 2 usage or input, 130 Ctrl-C.
+
+    141 as other programs where the reader of our output went away, which `| head` does.
+    """
+    _speak_utf8()
+    code: int | str | None
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="qwen2x", standalone_mode=False)
     except Qwen2xError as error:
         code = _complain(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -69,11 +75,20 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         code = 130
-    except BrokenPipeError:
-        # The reader of our output went away, as `| head` does; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except SystemExit as end:
+        # So click ends a broken pipe, with the 1 that here means that a check failed.
+        code = 141 if end.code == 1 else end.code
     sys.exit(code)
+
+
+def _speak_utf8() -> None:
+    """Prompts and answers are UTF-8, whatever the locale (or a pipe on Windows) would make them."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # File names may hold any bytes; their escapes are JSON's too.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _complain(message: str) -> int:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from qwen2x.exporters.onnx_writer import Progress
+
+if TYPE_CHECKING:
+    from qwen2x.exporters.onnx_writer import Progress
 
 
 def print_json(value: Mapping[str, Any]) -> None:
     """One object on standard output."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what is not finite, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def log(text: str) -> None:
@@ -59,35 +69,14 @@ def byte_progress(label: str, *, quiet: bool = False) -> Iterator[Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Bar(*columns, console=console, disable=quiet or not console.is_terminal)
+    task = bar.add_task(label, total=None)
 
+    def show(done: int, total: int) -> None:
+        bar.start()  # not earlier: a download before it has a bar of its own
+        bar.update(task, completed=done, total=total)
 
-def peak_memory_bytes() -> int:
-    """This process's peak resident memory."""
-    if sys.platform == "win32":
-        return _windows_peak()
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _windows_peak() -> int:
-    """PeakWorkingSetSize of GetProcessMemoryInfo (psapi.h, PROCESS_MEMORY_COUNTERS)."""
-
-    class Counters(ctypes.Structure):
-        _fields_ = (
-            ("cb", ctypes.c_ulong),
-            ("PageFaultCount", ctypes.c_ulong),
-            ("PeakWorkingSetSize", ctypes.c_size_t),
-            ("rest", ctypes.c_size_t * 7),
-        )
-
-    counters = Counters()
-    counters.cb = ctypes.sizeof(counters)
-    windll: Any = getattr(ctypes, "windll")  # noqa: B009 (absent off Windows)
-    process = windll.kernel32.GetCurrentProcess()
-    windll.psapi.GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb)
-    return int(counters.PeakWorkingSetSize)
+    try:
+        yield show
+    finally:
+        bar.stop()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from qwen2x.cli.machine import peak_memory_bytes
 from qwen2x.cli.options import (
     json_option,
     model_options,
@@ -14,20 +16,34 @@ from qwen2x.cli.options import (
     quantize_options,
     sampling_for,
     sampling_options,
+    system_option,
     take_sampling,
 )
-from qwen2x.cli.output import log, peak_memory_bytes, print_json
+from qwen2x.cli.output import log, print_json
 from qwen2x.quantize.errors import RequestError
 
+if TYPE_CHECKING:
+    from qwen2x.runtimes.generate import Generation
 
-@click.command("run", epilog='Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0')
+
+_EXAMPLES = """\b
+Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0
+         cat story.txt | qwen2x run qwen-int4 --system "Summarize the text."
+"""
+
+
+@click.command("run", epilog=_EXAMPLES)
 @click.argument("model")
 @click.argument("prompt", required=False)
 @model_options
 @quantize_options
 @sampling_options
-@click.option("--stop", multiple=True, help="Ends the text and is not shown. Repeatable.")
-@click.option("--system", help="The system message.")
+@click.option(
+    "--stop",
+    multiple=True,
+    help="A string that ends the text and is not shown. Repeatable. Default: none.",
+)
+@system_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without chat template.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed on standard error.")
 @json_option
@@ -49,6 +65,10 @@ def command(
     """
     from qwen2x.runtimes.generate import generate
 
+    if raw and system is not None:
+        raise click.UsageError(
+            "--raw has no place for --system; write it into the prompt", click.get_current_context()
+        )
     given = take_sampling(options)
     text = _read_prompt(prompt)
     started = time.perf_counter()
@@ -69,7 +89,7 @@ def command(
                 sys.stdout.flush()
         if not as_json:
             click.echo()
-        timings = _timings(answer, load_s)
+        timings = timings_of(answer, load_s)
         if as_json:
             print_json(
                 {
@@ -96,15 +116,25 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
             log("reading the prompt from standard input; end it with Ctrl-D")
-        prompt = sys.stdin.read()
+        try:
+            # The line end that echo and editors add is not part of what was asked.
+            prompt = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"standard input is not UTF-8: {error}; convert it") from None
     if not prompt.strip():
         raise RequestError("the prompt is empty; give a text, or - for standard input")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the prompt is not UTF-8: {error.reason}; convert it") from None
     return prompt
 
 
-def _timings(answer: Any, load_s: float) -> dict[str, float]:
+def timings_of(answer: Generation, load_s: float) -> dict[str, float]:
+    """The ``timings`` of ``run --json``, of an answer whose runtime has just made it."""
     prefilled = len(answer.prompt_ids) - answer.cached_tokens
-    decoded = max(0, len(answer.token_ids) - (answer.finish_reason == "length"))
+    # Not one per new token: the first comes with the prefill, the end token is none.
+    decoded = answer.runtime.cache_length - len(answer.prompt_ids)
     return {
         "load_s": load_s,
         "prefill_s": answer.prefill_s,

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from qwen2x.cli.options import json_option
-from qwen2x.cli.output import log, peak_memory_bytes, print_json, print_table
+
+from qwen2x.cli.machine import peak_memory_bytes
+from qwen2x.cli.options import json_option, open_source, place_options
+from qwen2x.cli.output import finite, log, print_json, print_table
 from qwen2x.quantize.errors import RequestError
 
 BUILT_IN_TEXT = "validation_text.txt"
@@ -16,7 +18,7 @@ BUILT_IN_TEXT = "validation_text.txt"
 
 @click.command(
     "validate",
-    epilog="Example: qwen2x validate qwen-int4 --against Qwen/Qwen2.5-0.5B-Instruct",
+    epilog="\b\nExample: qwen2x validate qwen-int4 --against Qwen/Qwen2.5-0.5B-Instruct",
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The checkpoint it was made of: folder or hub id.")
@@ -25,12 +27,13 @@ BUILT_IN_TEXT = "validation_text.txt"
 )
 @click.option("--tokens", type=int, default=1024, show_default=True, help="How many to compare.")
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens read at once.")
-@click.option("--html", type=click.Path(path_type=Path), help="Also write one page to look at.")
-@click.option("--revision", help="Branch, tag or commit, when --against is a hub id.")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+    "--html", type=click.Path(path_type=Path), help="Also write one page here. Default: none."
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="Default: one per physical core.")
+@click.option(
+    "--revision", help="Branch, tag or commit, when --against is a hub id. Default: main."
+)
+@place_options
 @json_option
 def command(
     bundle: Path,
@@ -46,11 +49,11 @@ def command(
     chunks, in a batch, at far positions), which must not matter. Exit 0: pass, 1: fail. The figures
     are also recorded in the bundle.
     """
+    if html is not None and not html.absolute().parent.is_dir():
+        raise RequestError(f"--html {html} lies in no folder; make it first: mkdir {html.parent}")
     report = run_validation(bundle, against, read_text(text), quiet=as_json, **options)
     if html is not None:
-        from qwen2x.cli.validation_page import write_page
-
-        write_page(html, bundle, against, report)
+        _write_page(html, bundle, against, report)
     result = report.to_json() | {"peak_memory_bytes": peak_memory_bytes()}
     if as_json:
         print_json(result)
@@ -73,15 +76,14 @@ def run_validation(
     quiet: bool = False,
 ) -> Any:
     """Validates a bundle and records the figures in its manifest; gives the Report."""
-    from qwen2x.exporters.bundle import open_bundle, write_manifest
-    from qwen2x.exporters.hub import resolve_source
+    from qwen2x.exporters.bundle import open_bundle
     from qwen2x.runtimes.generate import read_text_files
     from qwen2x.runtimes.runtime import open_runtime
     from qwen2x.runtimes.tolerance import tolerance_for
     from qwen2x.runtimes.validate import validate
 
     opened = open_bundle(folder)
-    source = resolve_source(against, revision=revision)
+    source = open_source(against, revision)
     token_ids = read_text_files(source).tokenizer.encode(text)
     with (
         open_runtime(folder, device=device, threads=threads) as candidate,
@@ -98,8 +100,7 @@ def run_validation(
             on_step=lambda step: None if quiet else log(f"checking {step}"),
         )
     report.facts["scheme"] = opened.scheme
-    quality = {key: value for key, value in report.to_json().items() if key != "tolerance"}
-    write_manifest(folder, {**opened.manifest, "quality": quality})
+    _record(opened, report)
     return report
 
 
@@ -132,6 +133,26 @@ def print_report(bundle: Path, report: Any) -> None:
     for check in report.checks:
         sign = ">=" if check.is_floor else "<="
         click.echo(f"  {check.verdict}  {check.name}: {check.value:.4g} {sign} {check.limit:g}")
+
+
+def _write_page(html: Path, bundle: Path, against: str, report: Any) -> None:
+    from qwen2x.cli.validation_page import write_page
+
+    try:
+        write_page(html, bundle, against, report)
+    except OSError as error:
+        raise RequestError(f"--html {html} cannot be written: {error.strerror}") from None
+
+
+def _record(bundle: Any, report: Any) -> None:
+    """Writes the figures into the manifest, if the bundle may be written to."""
+    from qwen2x.exporters.bundle import write_manifest
+
+    quality = {key: value for key, value in report.to_json().items() if key != "tolerance"}
+    try:
+        write_manifest(bundle.folder, {**bundle.manifest, "quality": finite(quality)})
+    except OSError as error:
+        log(f"the figures were not recorded in {bundle.folder}: {error.strerror}")
 
 
 def _require_same_shape(opened: Any, candidate: Any, reference: Any, against: str) -> None:

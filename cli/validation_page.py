@@ -76,11 +76,13 @@ def _bars(kl: tuple[float, ...]) -> tuple[list[dict[str, float]], list[dict[str,
     """Bars of neighbouring positions' largest value, and grid lines, on a logarithmic scale."""
     step = max(1, math.ceil(len(kl) / _BARS))
     tops = [max(kl[start : start + step]) for start in range(0, len(kl), step)]
-    positive = [top for top in tops if top > 0] or [1e-12]
+    positive = [top for top in tops if 0 < top < math.inf] or [1e-12]
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     high = max(high, low + 1)
 
     def height(value: float) -> float:
+        if not math.isfinite(value):
+            return _HEIGHT - 20
         share = (math.log10(max(value, 10.0**low)) - low) / (high - low)
         return share * (_HEIGHT - 20)
 

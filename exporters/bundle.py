@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from qwen2x.quantize.errors import BundleError
 
 MANIFEST = "qwen2x.json"
 FORMAT_VERSION = 1
+# By target, the files without which there is no model.
+_NEEDED = {"onnx": ("model.onnx", "model.onnx_data"), "mlx": ("config.json",)}
 # Files up to this size are hashed on every opening; of larger ones, a sample of blocks.
 _SMALL = 32 << 20
 _BLOCK = 1 << 20
@@ -93,20 +95,25 @@ def open_bundle(folder: Path, *, verify: bool = False) -> Bundle:
         raise BundleError(
             f"{folder} is no bundle (it has no {MANIFEST}); make one with qwen2x export"
         )
+    _refuse_link(path)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} is damaged ({error!r}); export the bundle again") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from None
     if version != FORMAT_VERSION:
         raise BundleError(
             f"{folder} has format version {version}, expected {FORMAT_VERSION}; "
             "export it again with this qwen2x"
         )
-    for name, promised in files.items():
-        _check_file(folder, name, promised, verify)
-    return Bundle(folder=folder, manifest=manifest)
+    bundle = Bundle(folder=folder, manifest=manifest)
+    try:
+        files = _promised_files(bundle)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+    for promised in files:
+        _check_file(folder, promised, verify)
+    return bundle
 
 
 def is_bundle(folder: Path) -> bool:
@@ -114,10 +121,10 @@ def is_bundle(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and hashes of every file of a folder, for the manifest."""
+def describe_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Bytes and hashes of every file of a folder but those ``without``, for the manifest."""
     described = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if path.name not in without):
         entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         if entry["bytes"] > _SMALL:
             entry["sample_sha256"] = _sample_sha256(path)
@@ -157,22 +164,61 @@ def _sample_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_file(folder: Path, name: str, promised: Mapping[str, Any], verify: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Promise:
+    """What the manifest says of a file; ``sample_sha256`` is of large ones only."""
+
+    name: str
+    bytes: int
+    sha256: str
+    sample_sha256: str | None
+
+
+def _promised_files(bundle: Bundle) -> list[_Promise]:
+    """The manifest's files; fails as dictionaries do where something used later is missing."""
+    for name, value in vars(Bundle).items():
+        if isinstance(value, property):
+            getattr(bundle, name)
+    dict(bundle.cache)
+    described = bundle.manifest["files"]
+    for name in _NEEDED[bundle.target]:
+        described[name]
+    return [
+        _Promise(
+            name=name,
+            bytes=int(entry["bytes"]),
+            sha256=str(entry["sha256"]),
+            sample_sha256=entry.get("sample_sha256"),
+        )
+        for name, entry in described.items()
+    ]
+
+
+def _damaged(path: Path, error: Exception) -> BundleError:
+    return BundleError(f"{path} is damaged ({error!r}); export the bundle again")
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise BundleError(f"{path} is a link; a bundle's files must lie in it: copy the file there")
+
+
+def _check_file(folder: Path, promised: _Promise, verify: bool) -> None:
+    name = promised.name
     path = folder / name
     if Path(name).name != name or name in ("", ".", ".."):
         raise BundleError(f"{folder / MANIFEST} names {name!r}, which lies outside the bundle")
-    if path.is_symlink():
-        raise BundleError(f"{path} is a link; a bundle's files must lie in it: copy the file there")
+    _refuse_link(path)
     if not path.is_file():
         raise BundleError(f"{path} is missing; export the bundle again")
     size = path.stat().st_size
-    if size != promised["bytes"]:
+    if size != promised.bytes:
         raise BundleError(
-            f"{path} has {size} bytes, expected {promised['bytes']}; export the bundle again"
+            f"{path} has {size} bytes, expected {promised.bytes}; export the bundle again"
         )
     if verify or size <= _SMALL:
-        is_intact = sha256_of(path) == promised["sha256"]
+        is_intact = sha256_of(path) == promised.sha256
     else:
-        is_intact = _sample_sha256(path) == promised["sample_sha256"]
+        is_intact = _sample_sha256(path) == promised.sample_sha256
     if not is_intact:
         raise BundleError(f"{path} is not the file that was exported; export the bundle again")

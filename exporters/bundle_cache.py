@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from qwen2x.exporters.export import export
 from qwen2x.exporters.hub import resolve_source, source_id
 from qwen2x.exporters.onnx_export import Options, options_key
 from qwen2x.exporters.onnx_writer import Progress
+from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES
 
 _HASHES = "hashes.json"
 
@@ -47,12 +49,12 @@ def cached_bundle(
 
 
 def _source_hash(folder: Path) -> str:
-    """One hash of config and shards. A file's own hash is remembered while size and time stay."""
+    """One hash of all that is read. A file's own hash is remembered while size and time stay."""
     remembered_at = cache_folder() / _HASHES
     remembered = _read(remembered_at)
     whole = hashlib.sha256()
     is_changed = False
-    for name in ("config.json", "generation_config.json", *find_shards(folder)):
+    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES, *find_shards(folder)):
         path = (folder / name).resolve()
         if not path.is_file():
             continue
@@ -65,7 +67,8 @@ def _source_hash(folder: Path) -> str:
             is_changed = True
         whole.update(f"{name}:{entry[2]};".encode())
     if is_changed:
-        _write(remembered_at, remembered)
+        with suppress(OSError):  # a cache that cannot be written costs time, not the answer
+            _write(remembered_at, remembered)
     return whole.hexdigest()
 
 

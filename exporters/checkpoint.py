@@ -1,32 +1,35 @@
-"""A Hugging Face checkpoint folder, opened lazily: safetensors shards mapped, tensors read in rows.
+"""A Hugging Face checkpoint folder, opened lazily: tensors are read from their shards in rows.
 
 Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON
 header ``{name: {dtype, shape, data_offsets}}``, then the data. The safetensors library checks each
-file's header (length, overlap, holes, sizes against the file); we then read the offsets ourselves,
-because pages that were converted must be given back: mapped pages count as resident memory.
+file's header (length, overlap, holes, sizes against the file); we then read the bytes ourselves
+and do not map them: mapped pages count as resident memory, and those around a chunk come back after
+it was given up, so that memory would grow with the model.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
 from qwen2x.exporters.config import Qwen2Config, read_config, read_json
 from qwen2x.quantize.errors import CheckpointError
-from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
+_SINGLE = "model.safetensors"
 _SHOWN = 12
 
 
@@ -58,10 +61,8 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.tensors = tensors
-        self._maps: dict[str, mmap.mmap] = {}
-        for shard in self.shards:
-            with (folder / shard).open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._files = {shard: (folder / shard).open("rb") for shard in self.shards}
+        self._lock = Lock()
 
     @property
     def shards(self) -> list[str]:
@@ -74,23 +75,31 @@ class Checkpoint:
         return sum(tensor.bytes for tensor in self.tensors.values())
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Rows ``start:stop`` as float32; the pages that were read are released.
+        """Rows ``start:stop`` as float32.
 
         Raises:
-            CheckpointError: a NaN or an infinity among them.
+            CheckpointError: a NaN or an infinity among them, or the file was cut meanwhile.
         """
         tensor = self.tensors[name]
         stop = tensor.shape[0] if stop is None else stop
         dtype = np.dtype(DTYPES[tensor.dtype])
         count = (stop - start) * tensor.row_elements
         offset = tensor.offset + start * tensor.row_elements * dtype.itemsize
-        mapped = self._maps[tensor.shard]
-        stored = np.frombuffer(mapped, dtype, count, offset)
+        stored = np.empty(count, dtype)
+        with self._lock:
+            file = self._files[tensor.shard]
+            file.seek(offset)
+            read = file.readinto(stored.view(np.uint8).data)
+        if read != stored.nbytes:
+            raise CheckpointError(
+                f"{name} ends after {read} of {stored.nbytes} bytes: {tensor.shard} was changed "
+                "while it was read; leave it alone during an export"
+            )
         values = _to_float32(stored)
-        del stored
-        _release(mapped, offset, count * dtype.itemsize)
         # A sum is finite only if every element is, short of an overflow, which is then looked at.
-        if not np.isfinite(values.sum()) and not np.isfinite(values).all():
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = values.sum()
+        if not np.isfinite(total) and not np.isfinite(values).all():
             raise CheckpointError(
                 f"{name} holds NaN or infinity (rows {start}..{stop - 1}, {tensor.shard}); "
                 "expected finite weights: fetch the checkpoint again"
@@ -98,10 +107,9 @@ class Checkpoint:
         return values.reshape(stop - start, *tensor.shape[1:])
 
     def close(self) -> None:
-        """Unmaps the shards."""
-        for mapped in self._maps.values():
-            mapped.close()
-        self._maps.clear()
+        """Closes the shards."""
+        for file in self._files.values():
+            file.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -134,10 +142,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             tensors[tensor.name] = tensor
     _require_index_matches(folder, tensors)
     needed = _match(config, tensors)
-    checkpoint = Checkpoint(folder, config, needed)
     if config.is_tied and "lm_head.weight" in tensors:
         _require_same_bytes(folder, tensors["lm_head.weight"], needed["model.embed_tokens.weight"])
-    return checkpoint
+    return Checkpoint(folder, config, needed)
 
 
 def read_header(path: Path) -> Iterator[Tensor]:
@@ -148,15 +155,17 @@ def read_header(path: Path) -> Iterator[Tensor]:
             that is no float.
     """
     try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
+        with path.open("rb") as file, safe_open(path, framework="numpy"):
             (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); make it readable or fetch it again"
+        ) from None
+    except (SafetensorError, ValueError, struct.error) as error:
         raise CheckpointError(
             f"{path.name} is not an intact safetensors file ({str(error).splitlines()[0]}); "
-            f"it has {_size(path)} bytes: fetch it again"
+            f"it has {path.stat().st_size} bytes: fetch it again"
         ) from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
@@ -172,6 +181,16 @@ def read_header(path: Path) -> Iterator[Tensor]:
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),
         )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of different names; json and safetensors keep the last one in silence."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"its header names {_some(twice)} twice")
+    return content
 
 
 def find_shards(folder: Path) -> list[str]:
@@ -190,6 +209,11 @@ def find_shards(folder: Path) -> list[str]:
             raise CheckpointError(
                 f"{len(missing)} of {len(named)} shards named in {INDEX} are missing: "
                 f"{_some(missing)}; fetch them"
+            )
+        if _SINGLE not in named and (folder / _SINGLE).is_file():
+            raise CheckpointError(
+                f"{folder} holds {_SINGLE} and an {INDEX} that names other files; "
+                "expected one set of weights: remove the other"
             )
         return named
     shards = sorted(path.name for path in folder.glob("model*.safetensors"))
@@ -269,21 +293,10 @@ def _to_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
         wide = stored.view(np.uint16).astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
-    return stored.astype(np.float32)
-
-
-def _release(mapped: mmap.mmap, offset: int, length: int) -> None:
-    """Gives whole pages back to the system, where it can be told so."""
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    first = offset // mmap.PAGESIZE * mmap.PAGESIZE
-    mapped.madvise(mmap.MADV_DONTNEED, first, offset + length - first)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+    return stored.astype(np.float32, copy=False)
 
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
+    return ", ".join(shown) + more

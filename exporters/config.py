@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -114,7 +114,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2Config:
     """A checked config of the dictionaries in ``config.json`` and ``generation_config.json``."""
     _require_dense_qwen2(raw)
-    _refuse_sliding_window(raw)
+    layers = _dimension(raw, "num_hidden_layers")
+    _refuse_sliding_window(raw, layers)
     hidden = _dimension(raw, "hidden_size")
     heads = _dimension(raw, "num_attention_heads")
     key_value_heads = _dimension(raw, "num_key_value_heads", heads)
@@ -131,12 +132,12 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2
         vocab_size=_dimension(raw, "vocab_size"),
         hidden_size=hidden,
         intermediate_size=_dimension(raw, "intermediate_size"),
-        num_hidden_layers=_dimension(raw, "num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         head_dim=head_dim,
         rms_norm_eps=_epsilon(raw),
-        is_tied=bool(raw.get("tie_word_embeddings", False)),
+        is_tied=_is_tied(raw),
         rope=read_rope(raw, head_dim),
         bos_token_id=_token_id(raw, generation, "bos_token_id"),
         pad_token_id=_token_id(raw, generation, "pad_token_id"),
@@ -151,14 +152,12 @@ def _require_dense_qwen2(raw: Mapping[str, Any]) -> None:
         named = f"{model_type!r}" + (" (mixture of experts)" if model_type == "qwen2_moe" else "")
         raise ConfigError(f"expected a Qwen2 model (model_type 'qwen2'), got {named}")
     architectures = raw.get("architectures") or ["Qwen2ForCausalLM"]
-    if "Qwen2ForCausalLM" not in architectures:
-        raise ConfigError(
-            f"expected the architecture Qwen2ForCausalLM, got {', '.join(map(str, architectures))}"
-        )
+    if not isinstance(architectures, list) or "Qwen2ForCausalLM" not in architectures:
+        raise ConfigError(f"expected the architecture Qwen2ForCausalLM, got {architectures!r}")
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act must be 'silu' for Qwen2, got {raw['hidden_act']!r}")
-    if raw.get("quantization_config"):
-        method = dict(raw["quantization_config"]).get("quant_method", "an unnamed method")
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ConfigError(
             f"the checkpoint is already quantized ({method}); give the float checkpoint"
         )
@@ -169,13 +168,19 @@ def _require_dense_qwen2(raw: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_sliding_window(raw: Mapping[str, Any]) -> None:
+def _refuse_sliding_window(raw: Mapping[str, Any], layers: int) -> None:
     """Transformers 5: with a window in use, layers from max_window_layers on slide."""
-    layers = int(raw.get("num_hidden_layers", 0) or 0)
+    listed = raw.get("layer_types")
+    if listed is not None:
+        if listed != ["full_attention"] * layers:
+            raise ConfigError(
+                f"expected layer_types to be full_attention for all {layers} layers (no sliding "
+                f"window, as in every released Qwen2), got {listed!r}"
+            )
+        return
     first = raw.get("max_window_layers", 28)
-    slides = bool(raw.get("use_sliding_window")) and raw.get("sliding_window") is not None
-    listed = raw.get("layer_types") or []
-    if "sliding_attention" in listed or (not listed and slides and int(first) < layers):
+    slides = bool(raw.get("use_sliding_window")) and raw.get("sliding_window", 4096) is not None
+    if slides and (not isinstance(first, int) or first < layers):
         raise ConfigError(
             f"sliding window attention is in use (window {raw.get('sliding_window')}, from layer "
             f"{first}); expected use_sliding_window false, as in every released Qwen2"
@@ -191,6 +196,13 @@ def _dimension(raw: Mapping[str, Any], key: str, default: int | None = None) -> 
         raise ConfigError(
             f"config.json: {key} must be a whole number in 1..{largest}, got {value!r}"
         )
+    return value
+
+
+def _is_tied(raw: Mapping[str, Any]) -> bool:
+    value = raw.get("tie_word_embeddings", False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: tie_word_embeddings must be true or false, got {value!r}")
     return value
 
 

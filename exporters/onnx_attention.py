@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 from onnx import TensorProto
+
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
 from qwen2x.exporters.onnx_target import Target

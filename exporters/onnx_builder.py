@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
+
 from qwen2x.exporters.onnx_weights import DATA_FILE, Region
 
 Dimension = int | str

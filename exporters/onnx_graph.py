@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, TensorProto
+
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_attention import AttentionBuilder, B, S, T
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
@@ -35,14 +36,15 @@ _TO_END = int(np.iinfo(np.int64).max)
 class Recipe:
     """Everything that decides a graph.
 
-    ``scheme`` is for the layers' matrices, ``table_scheme`` for embedding and head; None is float.
+    ``scheme`` is for the layers' matrices, ``sensitive_scheme`` for those that lose most by
+    rounding: q, k and v of every layer, embedding and head. None is float.
     ``max_context`` is the number of positions that the rotary table covers.
     """
 
     config: Qwen2Config
     target: Target
     scheme: Scheme | None
-    table_scheme: Scheme | None
+    sensitive_scheme: Scheme | None
     max_context: int
 
 
@@ -104,7 +106,9 @@ class _Decoder:
             leading = (B, KEPT)
         place = f"/model/layers.{layer}/self_attn/o_proj"
         parts = [("self_attn.o_proj", config.hidden_size)]
-        weight = self._matrix(layer, "self_attn.o_proj", parts, config.query_size)
+        weight = self._matrix(
+            layer, "self_attn.o_proj", parts, config.query_size, self.recipe.scheme
+        )
         x = self._linear(place, x, weight, leading)
         norm = f"model.layers.{layer}.post_attention_layernorm"
         normed, residual = self._add_and_norm(norm, x, residual, leading)
@@ -119,7 +123,8 @@ class _Decoder:
             ("self_attn.k_proj", config.key_value_size),
             ("self_attn.v_proj", config.key_value_size),
         ]
-        weight = self._matrix(layer, "self_attn.qkv_proj", parts, config.hidden_size)
+        scheme = self.recipe.sensitive_scheme
+        weight = self._matrix(layer, "self_attn.qkv_proj", parts, config.hidden_size, scheme)
         bias = self._bias(layer, "self_attn.qkv_proj", parts)
         place = f"/model/layers.{layer}/self_attn/qkv_proj"
         packed = self._linear(place, normed, weight, (B, S), bias)
@@ -129,7 +134,8 @@ class _Decoder:
         graph, inner = self.graph, self.config.intermediate_size
         place = f"/model/layers.{layer}/mlp"
         parts = [("mlp.gate_proj", inner), ("mlp.up_proj", inner)]
-        weight = self._matrix(layer, "mlp.gate_up_proj", parts, self.config.hidden_size)
+        hidden, scheme = self.config.hidden_size, self.recipe.scheme
+        weight = self._matrix(layer, "mlp.gate_up_proj", parts, hidden, scheme)
         both = self._linear(f"{place}/gate_up_proj", x, weight, leading)
         shape: Shape = (*leading, inner)
         gate, up = f"{place}/gate/output_0", f"{place}/up/output_0"
@@ -139,8 +145,7 @@ class _Decoder:
         sigmoid = graph.op(f"{place}/act/Sigmoid", [gate], self.float, shape)
         silu = graph.op(f"{place}/act/Mul", [gate, sigmoid], self.float, shape)
         x = graph.op(f"{place}/Mul", [silu, up], self.float, shape)
-        parts = [("mlp.down_proj", self.config.hidden_size)]
-        weight = self._matrix(layer, "mlp.down_proj", parts, inner)
+        weight = self._matrix(layer, "mlp.down_proj", [("mlp.down_proj", hidden)], inner, scheme)
         return self._linear(f"{place}/down_proj", x, weight, leading)
 
     # Weights
@@ -148,16 +153,21 @@ class _Decoder:
     def _table(self, name: str) -> Weight:
         source = f"{name}.weight"
         sources = [(source, self.config.vocab_size)]
-        columns, scheme = self.config.hidden_size, self.recipe.table_scheme
+        columns, scheme = self.config.hidden_size, self.recipe.sensitive_scheme
         return self.layout.matrix(source, sources, columns, self.float, scheme)
 
     def _matrix(
-        self, layer: int, name: str, modules: list[tuple[str, int]], columns: int
+        self,
+        layer: int,
+        name: str,
+        modules: list[tuple[str, int]],
+        columns: int,
+        scheme: Scheme | None,
     ) -> Weight:
         prefix = f"model.layers.{layer}"
         sources = [(f"{prefix}.{module}.weight", rows) for module, rows in modules]
         name = f"{prefix}.{name}.weight"
-        return self.layout.matrix(name, sources, columns, self.float, self.recipe.scheme)
+        return self.layout.matrix(name, sources, columns, self.float, scheme)
 
     def _bias(self, layer: int, name: str, modules: list[tuple[str, int]]) -> str:
         prefix = f"model.layers.{layer}"

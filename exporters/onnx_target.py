@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_dtypes import bfloat16
 from onnx import TensorProto
+
 from qwen2x.quantize.errors import BackendError
 
 NUMPY_TYPES: dict[int, Any] = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from onnx import TensorProto
+
 from qwen2x.exporters.onnx_target import NUMPY_TYPES
 from qwen2x.quantize.packing import matmul_nbits_shape
 from qwen2x.quantize.scheme import Scheme

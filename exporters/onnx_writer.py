@@ -15,6 +15,7 @@ from threading import Lock
 from types import TracebackType
 
 import numpy as np
+
 from qwen2x.exporters.checkpoint import Checkpoint
 from qwen2x.exporters.onnx_target import NUMPY_TYPES
 from qwen2x.exporters.onnx_weights import Region, Weight, WeightLayout
@@ -158,7 +159,7 @@ class _DataFile:
 
     def finished(self) -> set[str]:
         """Names of the weights that an earlier run brought to disk; a cut last line is no name."""
-        text = self._journal_path.read_text(encoding="utf-8")
+        text = self._journal_path.read_text(encoding="utf-8", errors="replace")
         return set(text[: text.rfind("\n") + 1].split("\n")) - {""}
 
     def write(self, region: Region, row: int, values: np.ndarray) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen2x.quantize.errors import ConfigError
 
 DEFAULT_THETA = 10_000.0
 NATIVE_POSITIONS = 32_768
+_LARGEST_POSITIONS = 1 << 24
 _KEYS = {
     "type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings",
     "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
@@ -94,7 +96,9 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
         )
     kind = _kind(settings)
     theta = _number(settings, "rope_theta", DEFAULT_THETA)
-    positions = int(config.get("max_position_embeddings", NATIVE_POSITIONS))
+    if theta <= 1:
+        raise ConfigError(f"rope_theta must be greater than 1, got {theta}")
+    positions = _positions(config, "max_position_embeddings", NATIVE_POSITIONS)
     if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ConfigError(
             f"partial_rotary_factor must be 1 for Qwen2, got {settings['partial_rotary_factor']}"
@@ -105,7 +109,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
 
 
 def _merge_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``rope_parameters`` (transformers 5) over ``rope_scaling`` and ``rope_theta`` (4)."""
+    """``rope_parameters`` (transformers 5), ``rope_scaling`` (4), and what may stand outside."""
     merged: dict[str, Any] = {}
     for source in ("rope_parameters", "rope_scaling"):
         settings = config.get(source) or {}
@@ -119,18 +123,19 @@ def _merge_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
                     f"rope_parameters and rope_scaling contradict: {key} is {merged[key]!r} in one "
                     f"and {value!r} in the other; keep one of them"
                 )
-    theta = config.get("rope_theta")
-    if theta is not None and merged.get("rope_theta") not in (None, theta):
-        raise ConfigError(
-            f"rope_theta is {theta!r} but rope_parameters says {merged['rope_theta']!r}; keep one"
-        )
-    if theta is not None:
-        merged["rope_theta"] = theta
+    for key in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor"):
+        value = config.get(key)
+        if value is not None and merged.get(key) not in (None, value):
+            raise ConfigError(
+                f"{key} is {value!r} but the rope settings say {merged[key]!r}; keep one"
+            )
+        if value is not None:
+            merged[key] = value
     return merged
 
 
 def _kind(settings: Mapping[str, Any]) -> str:
-    kinds = {settings[key] for key in ("type", "rope_type") if settings.get(key) is not None}
+    kinds = {str(settings[key]) for key in ("type", "rope_type") if settings.get(key) is not None}
     if len(kinds) > 1:
         raise ConfigError(f"rope type and rope_type contradict: {' and '.join(sorted(kinds))}")
     kind = kinds.pop() if kinds else "default"
@@ -141,20 +146,18 @@ def _kind(settings: Mapping[str, Any]) -> str:
             f"rope settings have factor {settings['factor']} but no type; "
             'add "rope_type": "yarn" or remove the factor'
         )
-    return str(kind)
+    return kind
 
 
 def _read_yarn(settings: Mapping[str, Any], theta: float, head_dim: int, positions: int) -> Rope:
-    original = settings.get("original_max_position_embeddings")
-    if original is None:
-        if positions > NATIVE_POSITIONS:
-            raise ConfigError(
-                "yarn needs original_max_position_embeddings (32768 for Qwen2): "
-                f"max_position_embeddings is {positions}, which is not what the model was "
-                "trained with; add it to the rope settings"
-            )
-        original = positions
-    original = int(original)
+    given = settings.get("original_max_position_embeddings")
+    if given is None and positions > NATIVE_POSITIONS:
+        raise ConfigError(
+            "yarn needs original_max_position_embeddings (32768 for Qwen2): "
+            f"max_position_embeddings is {positions}, which is not what the model was "
+            "trained with; add it to the rope settings"
+        )
+    original = _positions(settings, "original_max_position_embeddings", positions)
     factor = _number(settings, "factor", positions / original)
     truncate = settings.get("truncate", True)
     if not isinstance(truncate, bool):
@@ -185,6 +188,16 @@ def _attention_factor(settings: Mapping[str, Any], factor: float) -> float:
         above, below = _number(settings, "mscale", 1), _number(settings, "mscale_all_dim", 1)
         return magnitude(above) / magnitude(below)
     return magnitude(1.0)
+
+
+def _positions(settings: Mapping[str, Any], key: str, default: int) -> int:
+    value = settings.get(key)
+    if value is None:
+        return default
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not 1 <= value <= _LARGEST_POSITIONS:
+        raise ConfigError(f"{key} must be a whole number in 1..{_LARGEST_POSITIONS}, got {value!r}")
+    return int(value)
 
 
 def _number(

@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from qwen2x.exporters.bundle import MANIFEST
 from qwen2x.quantize.errors import BundleError
 
 KEY_FILE = "export-key.json"
@@ -23,16 +25,15 @@ def stage_folder(out: Path, key: Mapping[str, Any], *, force: bool = False) -> I
 
     What an interrupted run with the same key left is handed out again, so that the caller can go
     on; anything else that was left is removed. An error removes the folder, Ctrl-C keeps it.
+    With ``force`` a bundle or a folder of plain files is replaced, but never a tree of folders.
 
     Raises:
         BundleError: ``out`` exists, another export is writing it, no permission, disk full.
     """
-    out = out.absolute()
-    _require_absent(out, force)
-    staging = out.with_name(f".{out.name}.partial")
+    out = Path(os.path.abspath(out))
+    staging = _staging_of(out)
     lock_path = out.with_name(f".{out.name}.lock")
-    with _turn_os_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with _turn_os_errors(out), _new_parents(out):
         lock = FileLock(lock_path)
         try:
             lock.acquire(timeout=0)
@@ -41,6 +42,7 @@ def stage_folder(out: Path, key: Mapping[str, Any], *, force: bool = False) -> I
                 f"another export is writing {out}; wait for it or choose another folder"
             ) from None
         try:
+            _require_absent(out, force)
             _open_staging(staging, key)
             yield staging
             _publish(staging, out, force)
@@ -48,21 +50,50 @@ def stage_folder(out: Path, key: Mapping[str, Any], *, force: bool = False) -> I
             shutil.rmtree(staging, ignore_errors=True)
             raise
         finally:
-            lock_path.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows keeps an open file; release() removes it there
+                lock_path.unlink()
             lock.release()
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raises BundleError when the disk of a (future) folder has less than ``needed`` bytes free."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    """Raises BundleError when the disk of a (future) folder has less than ``needed`` bytes free.
+
+    What an interrupted run left there counts as free: it is gone on with, or removed.
+    """
+    folder = Path(os.path.abspath(folder))
+    with _turn_os_errors(folder):
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free + _occupied(_staging_of(folder))
     if free < needed:
         raise BundleError(
             f"{folder} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "make room or choose another disk"
         )
+
+
+def _staging_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+def _occupied(staging: Path) -> int:
+    """Bytes on disk of the files in a folder; the data file's unwritten parts take none."""
+    if not staging.is_dir():
+        return 0
+    # Windows does not tell; there nothing is counted.
+    return sum(512 * getattr(path.stat(), "st_blocks", 0) for path in staging.iterdir())
+
+
+@contextmanager
+def _new_parents(out: Path) -> Iterator[None]:
+    """Makes the missing folders above ``out``; those that stay empty are removed again."""
+    missing = [parent for parent in out.parents if not parent.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _require_absent(out: Path, force: bool) -> None:
@@ -72,30 +103,44 @@ def _require_absent(out: Path, force: bool) -> None:
         raise BundleError(f"{out} exists and is no folder; choose another name")
     if not force and any(out.iterdir()):
         raise BundleError(f"{out} exists and is not empty; choose another folder or add --force")
+    if not (out / MANIFEST).is_file() and any(path.is_dir() for path in out.iterdir()):
+        raise BundleError(
+            f"{out} is no bundle and holds folders, which --force would delete; "
+            "choose another folder"
+        )
 
 
 def _open_staging(staging: Path, key: Mapping[str, Any]) -> None:
-    wanted = json.dumps(key, sort_keys=True)
+    wanted = json.dumps(key, sort_keys=True).encode()
     key_file = staging / KEY_FILE
-    if key_file.is_file() and key_file.read_text(encoding="utf-8") == wanted:
+    if staging.is_symlink() or staging.is_file():
+        staging.unlink()
+    elif key_file.is_file() and key_file.read_bytes() == wanted:
         return
-    shutil.rmtree(staging, ignore_errors=True)
+    elif staging.exists():
+        shutil.rmtree(staging)
     staging.mkdir()
-    key_file.write_text(wanted, encoding="utf-8")
+    key_file.write_bytes(wanted)
 
 
 def _publish(staging: Path, out: Path, force: bool) -> None:
-    (staging / KEY_FILE).unlink()
     for path in staging.iterdir():
         sync_path(path)
+    (staging / KEY_FILE).unlink()
     sync_path(staging)
     replaced = out.with_name(f".{out.name}.replaced")
-    if out.exists() and force:
+    is_replacing = out.exists() and force
+    if is_replacing:
         shutil.rmtree(replaced, ignore_errors=True)
         out.rename(replaced)
     elif out.exists():
         out.rmdir()
-    staging.rename(out)
+    try:
+        staging.rename(out)
+    except OSError:
+        if is_replacing:
+            replaced.rename(out)
+        raise
     sync_path(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -124,6 +169,7 @@ def _turn_os_errors(out: Path) -> Iterator[None]:
             errno.EPERM: "no permission to write there; choose another folder",
             errno.EROFS: "that disk is read-only; choose another folder",
             errno.ENOTDIR: "a part of that path is a file; choose another folder",
+            errno.EEXIST: "a part of that path is a file; choose another folder",
             errno.ENAMETOOLONG: "that name is too long; choose a shorter one",
         }
         if error.errno not in reasons:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
+
+from qwen2x.quantize.errors import SchemeError
 from qwen2x.quantize.scheme import Scheme
 
 Float = NDArray[np.float32]
@@ -20,11 +22,14 @@ Codes = NDArray[np.uint8]
 
 # Where the group's largest weight is placed by each trial, in codes from zero. The far end of the
 # signed range is 2**(bits-1); less leaves room, more clips the largest weight for the others' sake.
+# At 8 bits nothing is clipped, so that every weight is within half a step.
 TRIALS = {
     4: (6.6, 7.0, 7.4, 7.7, 8.0, 8.4, 8.8, 9.3),
-    8: (127.5,),
+    8: (127.0,),
 }
 _GROUPS_PER_BLOCK = 2048
+# Squares of sums stay within float32 between these; a group below counts as zero.
+_SMALLEST, _LARGEST = 2.0**-56, 2.0**48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,9 @@ def quantize(values: Float, scheme: Scheme) -> QuantizedMatrix:
     Args:
         values: float32 [rows, columns], finite; columns a multiple of the group size.
         scheme: bits and group size.
+
+    Raises:
+        SchemeError: weights that are too large to be weights.
     """
     rows, columns = values.shape
     groups = columns // scheme.group_size
@@ -70,7 +78,12 @@ def _best_scales(weights: Float, scheme: Scheme) -> Float:
     """Scales float32 [groups], bfloat16 numbers, for weights [group_size, groups]."""
     highest, lowest = weights.max(axis=0), weights.min(axis=0)
     extreme = np.where(highest > -lowest, highest, lowest)
-    is_zero = extreme == 0
+    if not np.abs(extreme).max(initial=0) <= _LARGEST:
+        raise SchemeError(
+            f"weights must be finite and within 2**48, got {extreme[np.abs(extreme).argmax()]}; "
+            "export without --bits"
+        )
+    is_zero = np.abs(extreme) < _SMALLEST
     safe = np.where(is_zero, np.float32(1), extreme)
     best_gain = np.full(extreme.shape, -1, np.float32)
     best_scale = np.zeros_like(extreme)
@@ -96,7 +109,7 @@ def _best_scales(weights: Float, scheme: Scheme) -> Float:
 
 def _round(weights: Float, scales: Float, scheme: Scheme) -> Codes:
     """Codes uint8 [group_size, groups] for weights of the same shape and scales [groups]."""
-    # A scale of 0 (an all-zero group, or weights below bfloat16's range) gives the zero code.
+    # A scale of 0, of an all-zero group, gives the zero code.
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     rounded = np.empty_like(weights)
     _round_to_signed(weights, inverse, scheme, rounded)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen2x.quantize.scheme import Scheme
 
 Codes = NDArray[np.uint8]

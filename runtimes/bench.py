@@ -34,8 +34,13 @@ def bench(
         repeat: runs that count; one more before them warms up.
 
     Raises:
-        RequestError: the lengths do not fit the context.
+        RequestError: the lengths do not fit the context, or there is nothing to measure.
     """
+    if min(len(text_ids), prompt_tokens, new_tokens - 1, repeat) < 1:
+        raise RequestError(
+            "expected a text, prompt tokens and repeats of 1 or more, and new tokens of 2 or more, "
+            f"got {len(text_ids)}, {prompt_tokens}, {repeat} and {new_tokens}"
+        )
     if prompt_tokens + new_tokens > runtime.max_context:
         raise RequestError(
             f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the context of "
@@ -57,9 +62,9 @@ def _once(runtime: Runtime, prompt: list[int], new_tokens: int) -> tuple[float, 
     runtime.reset()
     sampler = Sampler(Sampling())
     started = time.perf_counter()
-    token = sampler.choose(runtime.prefill(prompt), ())
+    token = sampler.choose(runtime.prefill(prompt))
     first = time.perf_counter() - started
     started = time.perf_counter()
     for _ in range(new_tokens - 1):
-        token = sampler.choose(runtime.decode(token), ())
+        token = sampler.choose(runtime.decode(token))
     return first, time.perf_counter() - started

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypedDict
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from qwen2x.quantize.errors import RequestError
 
 
@@ -25,12 +28,22 @@ class Message(TypedDict):
     content: str
 
 
+class _Generation(Extension):
+    """``{% generation %}`` marks what is trained on; to a prompt its content is plain text."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class ChatTemplate:
     """Turns messages into the prompt that the model was trained on."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -52,10 +65,12 @@ class ChatTemplate:
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
+                documents=None,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the chat template refused the messages: {error}") from None
+        except Exception as error:  # a foreign program may fail in any way
+            reason = str(error) or type(error).__name__
+            raise RequestError(f"the chat template refused the messages: {reason}") from None
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
@@ -65,10 +80,10 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     """
     settings = _read_settings(folder / "tokenizer_config.json")
     path = folder / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    source = _read_text(path) if path.is_file() else settings.get("chat_template")
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
+        entries = [entry for entry in source if isinstance(entry, dict)]
+        source = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
     if not isinstance(source, str):
         return None
     tokens = {}
@@ -90,8 +105,28 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter with transformers' defaults; Jinja's own escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> NoReturn:

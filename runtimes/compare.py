@@ -12,10 +12,12 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.runtime import Logits, TokenIds
 
 _ROWS_AT_ONCE = 64
+_TOP = 10
 
 
 class GivesLogits(Protocol):
@@ -71,6 +73,7 @@ def compare(
     return gathered.difference()
 
 
+@np.errstate(invalid="ignore", over="ignore")
 def kl_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64]:
     """Nats per row, float64 [rows], of logits [rows, vocab]."""
     parts = [_kl(one, other) for one, other in _row_blocks(reference, candidate)]
@@ -107,10 +110,12 @@ class _Gathered:
             self._add_block(one, other, ids[row + 1 : row + 1 + len(one)])
             row += len(one)
 
+    @np.errstate(invalid="ignore", over="ignore")
     def _add_block(self, reference: Logits, candidate: Logits, following: TokenIds) -> None:
+        """Logits that are not finite give figures that are none, which no check passes."""
         self.all_finite &= bool(np.isfinite(candidate).all())
         difference = np.abs(reference - candidate)
-        self.max_abs = max(self.max_abs, float(difference.max()))
+        self.max_abs = float(np.maximum(self.max_abs, difference.max()))
         self.sum_abs += float(difference.sum(dtype=np.float64))
         self.rows += len(reference)
         self.columns = reference.shape[1]
@@ -123,6 +128,7 @@ class _Gathered:
         self.reference_losses.extend((-p[picked]).tolist())
         self.losses.extend((-q[picked]).tolist())
 
+    @np.errstate(invalid="ignore", over="ignore")
     def difference(self) -> Difference:
         kl = np.maximum(np.concatenate(self.kl), 0)
         return Difference(
@@ -134,7 +140,7 @@ class _Gathered:
             kl_p99=float(np.quantile(kl, 0.99)),
             kl_max=float(kl.max()),
             top1_agreement=self.top1 / self.rows,
-            top10_overlap=self.top10 / (10 * self.rows),
+            top10_overlap=self.top10 / (_TOP * self.rows),
             perplexity=float(np.exp(np.mean(self.losses))),
             perplexity_reference=float(np.exp(np.mean(self.reference_losses))),
             all_finite=self.all_finite,
@@ -163,5 +169,5 @@ def _cosine(one: Logits, other: Logits) -> NDArray[np.float64]:
 
 
 def _shared_top(one: Logits, other: Logits) -> int:
-    top = [np.argpartition(values, -10, axis=1)[:, -10:] for values in (one, other)]
+    top = [np.argpartition(values, -_TOP, axis=1)[:, -_TOP:] for values in (one, other)]
     return sum(len(np.intersect1d(left, right)) for left, right in zip(*top, strict=True))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
-from qwen2x.runtimes.runtime import Logits, Runtime
+from qwen2x.runtimes.runtime import Logits, Runtime, integers
 from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
 from qwen2x.runtimes.tokenizer import StopFilter, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+_TEXT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +49,45 @@ class TextFiles:
         return self.tokenizer.encode(self.template.render(messages))
 
 
-@lru_cache(maxsize=8)
 def read_text_files(folder: Path) -> TextFiles:
-    """Reads them once per folder."""
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Reads them once per folder, and again when one of them has changed."""
+    folder = folder.resolve()
+    return _read_text_files(folder, tuple(_stamp(folder / name) for name in _TEXT_FILES))
+
+
+@lru_cache(maxsize=8)
+def _read_text_files(folder: Path, _stamps: tuple[tuple[int, int] | None, ...]) -> TextFiles:
     return TextFiles(
-        tokenizer=Tokenizer(folder), template=read_chat_template(folder), generation=generation
+        tokenizer=Tokenizer(folder),
+        template=read_chat_template(folder),
+        generation=_read_generation(folder / "generation_config.json"),
     )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, None where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _read_generation(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RequestError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(generation, dict):
+        raise RequestError(f"{path} must hold a JSON object, got {generation!r:.80}")
+    return generation
 
 
 @dataclass
 class Generation:
-    """One answer: iterate over it for its pieces; its facts are there when it ends."""
+    """One answer: iterate over it, once, for its pieces; its facts are there when it ends."""
 
     runtime: Runtime
     prompt_ids: list[int]
@@ -74,7 +102,12 @@ class Generation:
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        StopFilter(self.stop)
+
     def __iter__(self) -> Iterator[Piece]:
+        if self.token_ids:
+            raise RequestError("this answer was given already; call generate again")
         stream = read_text_files(self.runtime.folder).tokenizer.stream()
         stops = StopFilter(self.stop)
         for token_id in self._tokens():
@@ -100,11 +133,12 @@ class Generation:
 
     def _tokens(self) -> Iterator[int]:
         """Token ids until an end token (which is not given) or the limit."""
-        runtime, sampler = self.runtime, Sampler(self.sampling)
+        runtime, sampler = self.runtime, Sampler(self.sampling, self.prompt_ids)
+        # Rows of a padded vocabulary have no text; they are never chosen.
         known = read_text_files(runtime.folder).tokenizer.size
         logits = self._prefill()
         while len(self.token_ids) < self.max_tokens:
-            token_id = sampler.choose(_mask(logits, known), [*self.prompt_ids, *self.token_ids])
+            token_id = sampler.choose(logits[:known])
             if token_id in runtime.eos_token_ids and not self.ignore_eos:
                 self.finish_reason = "stop"
                 return
@@ -134,7 +168,7 @@ def generate(
     *,
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     system: str | None = None,
     raw: bool = False,
     ignore_eos: bool = False,
@@ -146,8 +180,8 @@ def generate(
         prompt: a text, a conversation, or token ids (which are taken as they are).
         max_tokens: new tokens at most; by default what the checkpoint says, or the context's rest.
         sampling: by default the checkpoint's ``generation_config.json``.
-        stop: strings that end the text and do not appear in it.
-        system: the system message, with a text prompt.
+        stop: one or several strings that end the text and do not appear in it.
+        system: the system message, with a text prompt and without raw.
         raw: continue the text, without the chat template.
         ignore_eos: go on to the limit, for measurements.
 
@@ -162,15 +196,17 @@ def generate(
             f"the prompt has {len(prompt_ids)} tokens, the context {runtime.max_context} with at "
             "least one for the answer; shorten the prompt"
         )
-    if max_tokens is not None and max_tokens < 1:
-        raise RequestError(f"max tokens must be 1 or more, got {max_tokens}")
-    limit = max_tokens or files.generation.get("max_new_tokens") or room
+    limit = files.generation.get("max_new_tokens") if max_tokens is None else max_tokens
+    if limit is None:
+        limit = room
+    elif isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise RequestError(f"max tokens must be an integer of 1 or more, got {limit!r}")
     return Generation(
         runtime=runtime,
         prompt_ids=prompt_ids,
         sampling=sampling or read_sampling(files.generation),
-        max_tokens=min(int(limit), room),
-        stop=tuple(stop),
+        max_tokens=min(limit, room),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=ignore_eos,
     )
 
@@ -178,25 +214,24 @@ def generate(
 def _prompt_ids(
     files: TextFiles, prompt: str | Sequence[Message] | Sequence[int], system: str | None, raw: bool
 ) -> list[int]:
-    if not isinstance(prompt, str):
-        if prompt and isinstance(prompt[0], int):
-            return [int(token) for token in prompt if isinstance(token, int)]
-        return files.prompt_ids([message for message in prompt if not isinstance(message, int)])
-    if not prompt.strip():
+    if system is not None and (raw or not isinstance(prompt, str)):
+        raise RequestError(
+            "a system message goes with a text prompt and the chat template; put it into the "
+            "messages, or into the text"
+        )
+    if len(prompt) == 0 or (isinstance(prompt, str) and not prompt.strip()):
         raise RequestError("the prompt is empty; give a text, or - for standard input")
+    if not isinstance(prompt, str):
+        messages = [part for part in prompt if isinstance(part, Mapping)]
+        if messages and len(messages) == len(prompt):
+            return files.prompt_ids(messages)
+        return integers(prompt)
     if raw or (files.template is None and system is None):
         return files.tokenizer.encode(prompt)
-    messages: list[Message] = [{"role": "user", "content": prompt}]
+    turns: list[Message] = [{"role": "user", "content": prompt}]
     if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return files.prompt_ids(messages)
-
-
-def _mask(logits: Logits, known: int) -> Logits:
-    """Rows of a padded vocabulary have no text; they are never chosen."""
-    if known < len(logits):
-        logits[known:] = -np.inf
-    return logits
+        turns.insert(0, {"role": "system", "content": system})
+    return files.prompt_ids(turns)
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -9,7 +9,12 @@ import numpy as np
 import onnxruntime as ort
 
 STEP = 256
-_ELEMENT_TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": 16}
+_BFLOAT16 = 16
+_ELEMENT_TYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": _BFLOAT16,
+}
 
 
 class OnnxCache(Protocol):
@@ -28,14 +33,14 @@ class OnnxCache(Protocol):
         ...
 
 
-def make_cache(facts: Mapping[str, Any], device: str) -> OnnxCache:
+def make_cache(facts: Mapping[str, Any], device: str, max_positions: int) -> OnnxCache:
     """The cache that a bundle's manifest describes."""
     if facts["layout"] == "shared":
-        return SharedCache(facts, device)
+        return SharedCache(facts, device, max_positions)
     return ConcatenatedCache(facts, device)
 
 
-class _Names:
+class _Layout:
     def __init__(self, facts: Mapping[str, Any], device: str) -> None:
         self._heads = int(facts["num_key_value_heads"])
         self._head_dim = int(facts["head_dim"])
@@ -45,39 +50,39 @@ class _Names:
             f"{layer}.{part}" for layer in range(facts["layers"]) for part in ("key", "value")
         ]
 
-    def _allocate(self, length: int, batch: int = 1) -> Any:
-        shape = [batch, self._heads, length, self._head_dim]
-        if self._device == "cpu" and self._element_type != 16:
-            return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._element_type))
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._element_type, self._device, 0)
-
-    def _upload(self, values: Any) -> Any:
-        """Keys or values, as ``OrtValue.numpy`` gave them, back on the device."""
-        values = np.ascontiguousarray(values)
-        if self._element_type == 16:
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(np.uint16), 16)
-        return ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
+    def _shape(self, length: int, batch: int = 1) -> list[int]:
+        return [batch, self._heads, length, self._head_dim]
 
 
-class SharedCache(_Names):
+class SharedCache(_Layout):
     """One buffer per part that GroupQueryAttention appends to in place; it grows in steps.
 
     A step is 256 positions or a quarter of the buffer, whichever is more, so that the copies cost
-    a constant share of the work. On CUDA a copy goes through the host.
+    a constant share of the work. On CUDA a copy goes through the host. Buffers are bound by their
+    address, since NumPy has no bfloat16: they hold it as uint16, which can be copied.
     """
 
-    def __init__(self, facts: Mapping[str, Any], device: str) -> None:
+    def __init__(self, facts: Mapping[str, Any], device: str, max_positions: int) -> None:
         super().__init__(facts, device)
+        is_bfloat16 = self._element_type == _BFLOAT16
+        self._host_type: Any = np.uint16 if is_bfloat16 else self._element_type
+        self._max_positions = max_positions
         self._buffers: dict[str, Any] = {}
+        self._bound_to: Any = None
         self.capacity = 0
 
     def bind(self, binding: Any, past: int, total: int) -> None:
         """See ``OnnxCache``."""
         if total > self.capacity:
+            self._bound_to = None
             self._grow(past, total)
+        if self._bound_to is binding:
+            return
         for part, buffer in self._buffers.items():
-            binding.bind_ortvalue_input(f"past_key_values.{part}", buffer)
-            binding.bind_ortvalue_output(f"present.{part}", buffer)
+            place = (self._device, 0, self._element_type, buffer.shape(), buffer.data_ptr())
+            binding.bind_input(f"past_key_values.{part}", *place)
+            binding.bind_output(f"present.{part}", *place)
+        self._bound_to = binding
 
     def collect(self, binding: Any) -> None:
         """Nothing to do: the run wrote into the buffers."""
@@ -85,27 +90,35 @@ class SharedCache(_Names):
     def truncate(self, length: int) -> None:
         """Nothing to do: later positions are overwritten. An empty cache gives its memory back."""
         if length == 0:
+            self._bound_to = None
             self._buffers.clear()
             self.capacity = 0
 
     def _grow(self, past: int, total: int) -> None:
         step = max(STEP, self.capacity // 4)
-        self.capacity = -(-max(total, self.capacity + step) // STEP) * STEP
+        capacity = -(-max(total, self.capacity + step) // STEP) * STEP
+        capacity = min(capacity, self._max_positions)
         for part in self._parts:
-            old, new = self._buffers.get(part), self._allocate(self.capacity)
-            if old is not None and past:
-                values = new.numpy()
-                values[:, :, :past] = old.numpy()[:, :, :past]
-                new = self._upload(values)
-            self._buffers[part] = new
+            values = np.zeros(self._shape(capacity), self._host_type)
+            if past:
+                # A view of the old buffer's memory, which lives while the buffer does.
+                values[:, :, :past] = self._buffers[part].numpy()[:, :, :past]
+            # On the CPU the OrtValue stands on this very array and keeps it alive.
+            self._buffers[part] = ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
+        # Last: after an interruption some buffers are larger, and the next call grows all again.
+        self.capacity = capacity
 
 
-class ConcatenatedCache(_Names):
+class ConcatenatedCache(_Layout):
     """Each run gives new, longer keys and values, which are the next run's past."""
 
     def __init__(self, facts: Mapping[str, Any], device: str, batch: int = 1) -> None:
         super().__init__(facts, device)
-        self._values: dict[str, Any] = {part: self._allocate(0, batch) for part in self._parts}
+        shape = self._shape(0, batch)
+        self._values: dict[str, Any] = {
+            part: ort.OrtValue.ortvalue_from_shape_and_type(shape, self._element_type, device, 0)
+            for part in self._parts
+        }
 
     def bind(self, binding: Any, past: int, total: int) -> None:
         """See ``OnnxCache``."""
@@ -115,13 +128,15 @@ class ConcatenatedCache(_Names):
 
     def collect(self, binding: Any) -> None:
         """See ``OnnxCache``."""
-        outputs = binding.get_outputs()
-        names = [f"present.{part}" for part in self._parts]
         # Outputs come in the order of binding, logits first.
-        for name, value in zip(names, outputs[-len(names) :], strict=True):
-            self._values[name.removeprefix("present.")] = value
+        outputs = binding.get_outputs()[-len(self._parts) :]
+        self._values = dict(zip(self._parts, outputs, strict=True))
 
     def truncate(self, length: int) -> None:
         """See ``OnnxCache``."""
-        for part, value in self._values.items():
-            self._values[part] = self._upload(value.numpy()[:, :, :length])
+        self._values = {part: self._cut(value, length) for part, value in self._values.items()}
+
+    def _cut(self, value: Any, length: int) -> Any:
+        # A copy: the old memory goes with its OrtValue.
+        values = value.numpy()[:, :, :length].copy()
+        return ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)

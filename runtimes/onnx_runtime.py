@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+
 from qwen2x.exporters.bundle import Bundle
-from qwen2x.quantize.errors import BackendError, BundleError, RequestError
-from qwen2x.runtimes.onnx_cache import ConcatenatedCache, make_cache
+from qwen2x.quantize.errors import BackendError, BundleError
+from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
 
 GRAPH_FILE = "model.onnx"
@@ -40,35 +42,27 @@ class OnnxRuntime(CacheBookkeeping):
         self.bits_per_weight = bundle.bits_per_weight
         self.prefill_chunk = prefill_chunk
         self._session: Any = _open_session(bundle, self.device, threads)
-        self._cache = make_cache(bundle.cache, self.device)
-        self._binding = self._session.io_binding()
+        self._cache = make_cache(bundle.cache, self.device, self.max_context)
+        self._binding: Any = self._session.io_binding()
         self._mask = np.ones((1, 256), np.int64)
-        self._logits = np.empty((1, 1, self.vocab_size), np.float32)
 
     def logits(
         self,
         token_ids: TokenIds,
         *,
-        lengths: list[int] | None = None,
+        lengths: Sequence[int] | None = None,
         start_position: int = 0,
     ) -> Logits:
         """See ``Runtime.logits``."""
+        valid = self._require_rows(token_ids, lengths, start_position)
         batch, sequence = token_ids.shape
-        if start_position + sequence > self.max_context:
-            raise RequestError(
-                f"positions up to {start_position + sequence} are needed, the context has "
-                f"{self.max_context}; shorten the rows"
-            )
-        lengths = lengths or [sequence] * batch
-        mask = (np.arange(sequence)[None] < np.array(lengths)[:, None]).astype(np.int64)
+        mask = np.arange(sequence)[None] < np.array(valid)[:, None]
         positions = np.broadcast_to(np.arange(sequence) + start_position, token_ids.shape)
-        binding = self._session.io_binding()
-        self._bind_inputs(binding, token_ids, mask, positions, keep=0)
-        binding.bind_output("logits", "cpu")
-        ConcatenatedCache(self.bundle.cache, self.device, batch).bind(binding, 0, sequence)
-        self._session.run_with_iobinding(binding)
-        result: Logits = binding.get_outputs()[0].numpy()
-        return result
+        cache = ConcatenatedCache(self.bundle.cache, self.device, batch)
+        rows = np.empty((batch, sequence, self.vocab_size), np.float32)
+        inputs = _inputs(token_ids, mask, positions, keep=0)
+        self._run_bound(self._session.io_binding(), inputs, rows, cache, 0, sequence)
+        return rows
 
     def close(self) -> None:
         """Gives session and cache back."""
@@ -81,36 +75,50 @@ class OnnxRuntime(CacheBookkeeping):
         total = past + new
         if total > self._mask.shape[1]:
             self._mask = np.ones((1, 2 * total), np.int64)
-        binding = self._binding
-        positions = np.arange(past, total, dtype=np.int64)[None]
-        self._bind_inputs(binding, token_ids, self._mask[:, :total], positions, keep)
-        logits = self._logits if keep == 1 else np.empty((1, keep, self.vocab_size), np.float32)
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        self._cache.bind(binding, past, total)
-        self._session.run_with_iobinding(binding)
-        self._cache.collect(binding)
-        rows: Logits = logits[0].copy()
-        return rows
+        positions = np.arange(past, total)[None]
+        rows = np.empty((1, keep, self.vocab_size), np.float32)
+        inputs = _inputs(token_ids, self._mask[:, :total], positions, keep)
+        self._run_bound(self._binding, inputs, rows, self._cache, past, total)
+        self._cache.collect(self._binding)
+        kept: Logits = rows[0]
+        return kept
 
-    def _bind_inputs(
-        self, binding: Any, token_ids: TokenIds, mask: TokenIds, positions: TokenIds, keep: int
+    def _run_bound(
+        self,
+        binding: Any,
+        inputs: dict[str, Any],
+        rows: Logits,
+        cache: OnnxCache,
+        past: int,
+        total: int,
     ) -> None:
-        # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
-        values = {
-            "input_ids": token_ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "num_logits_to_keep": np.array(keep),
-        }
-        for name, value in values.items():
-            array = np.require(value, np.int64, "C")
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        """Runs the graph, which writes into rows. Arrays behind OrtValues must outlive the run."""
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        logits = ort.OrtValue.ortvalue_from_numpy(rows)
+        binding.bind_ortvalue_output("logits", logits)
+        cache.bind(binding, past, total)
+        self._session.run_with_iobinding(binding)
 
     def _truncate_cache(self, length: int) -> None:
         self._cache.truncate(length)
         if length == 0:
             # The binding holds references to the old buffers.
             self._binding = self._session.io_binding()
+
+
+def _inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:
+    # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
+    values = {
+        "input_ids": token_ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "num_logits_to_keep": keep,
+    }
+    return {
+        name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
+        for name, value in values.items()
+    }
 
 
 def available_devices() -> list[str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import operator
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen2x.exporters.bundle import is_bundle, open_bundle
 from qwen2x.quantize.errors import BackendError, RequestError
 
@@ -47,11 +50,11 @@ class Runtime(Protocol):
         """Positions in the cache."""
         ...
 
-    def append(self, token_ids: list[int], keep: int = 1) -> Logits:
+    def append(self, token_ids: Sequence[int], keep: int = 1) -> Logits:
         """Runs tokens behind the cache and gives the logits float32 [keep, vocab] of the last."""
         ...
 
-    def prefill(self, token_ids: list[int]) -> Logits:
+    def prefill(self, token_ids: Sequence[int]) -> Logits:
         """Runs a prompt behind the cache, in chunks, and gives the last row's logits [vocab]."""
         ...
 
@@ -63,7 +66,7 @@ class Runtime(Protocol):
         self,
         token_ids: TokenIds,
         *,
-        lengths: list[int] | None = None,
+        lengths: Sequence[int] | None = None,
         start_position: int = 0,
     ) -> Logits:
         """Logits float32 [batch, sequence, vocab] of whole rows, apart from the cache.
@@ -121,9 +124,15 @@ def open_runtime(
         BackendError: a backend, device or extra that is missing here.
     """
     folder = Path(path)
+    if prefill_chunk < 1:
+        raise BackendError(f"prefill_chunk must be 1 or more, got {prefill_chunk}")
     if backend not in (None, "onnx", "torch"):
         raise BackendError(f"backend must be 'onnx' or 'torch', got {backend!r}")
     if backend == "torch" or (backend is None and not is_bundle(folder) and _is_source(folder)):
+        if is_bundle(folder):
+            raise BackendError(
+                f"{folder} is a bundle, which torch cannot run; give the checkpoint it was made of"
+            )
         module = _import_backend("qwen2x.runtimes.torch_runtime", "torch", "torch")
         return cast(Runtime, module.TorchRuntime(folder, device=device, threads=threads))
     bundle = open_bundle(folder, verify=verify)
@@ -157,8 +166,9 @@ class CacheBookkeeping:
         """See ``Runtime``."""
         return len(self.cached_ids)
 
-    def append(self, token_ids: list[int], keep: int = 1) -> Logits:
+    def append(self, token_ids: Sequence[int], keep: int = 1) -> Logits:
         """See ``Runtime``."""
+        token_ids = integers(token_ids)
         self._require_fits(token_ids)
         if not 1 <= keep <= len(token_ids):
             raise RequestError(f"keep must be in 1..{len(token_ids)}, got {keep}")
@@ -173,7 +183,7 @@ class CacheBookkeeping:
                 rows.append(logits)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
-    def prefill(self, token_ids: list[int]) -> Logits:
+    def prefill(self, token_ids: Sequence[int]) -> Logits:
         """See ``Runtime``."""
         last: Logits = self.append(token_ids)[-1]
         return last
@@ -227,6 +237,39 @@ class CacheBookkeeping:
                 f"{needed} positions are needed, the context has {self.max_context}; "
                 "shorten the prompt"
             )
+
+    def _require_rows(
+        self, token_ids: TokenIds, lengths: Sequence[int] | None, start_position: int
+    ) -> list[int]:
+        """Checks the arguments of ``logits`` and gives the length of every row."""
+        if token_ids.ndim != 2 or token_ids.size == 0:
+            raise RequestError(
+                f"expected token ids [batch, sequence] with tokens, got shape {token_ids.shape}"
+            )
+        batch, sequence = token_ids.shape
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise RequestError(f"token ids must be in 0..{self.vocab_size - 1}, got {wrong}")
+        taken = [sequence] * batch if lengths is None else list(lengths)
+        if len(taken) != batch or not all(1 <= length <= sequence for length in taken):
+            raise RequestError(
+                f"expected {batch} lengths in 1..{sequence}, one per row, got {taken}"
+            )
+        if start_position < 0 or start_position + sequence > self.max_context:
+            raise RequestError(
+                f"positions {start_position}..{start_position + sequence - 1} are needed, the "
+                f"context has 0..{self.max_context - 1}; shorten the rows"
+            )
+        return taken
+
+
+def integers(token_ids: Sequence[Any]) -> list[int]:
+    """Plain integers, of NumPy's integers too."""
+    try:
+        return [operator.index(token) for token in token_ids]
+    except TypeError:
+        raise RequestError(f"token ids must be integers, got {token_ids!r:.80}") from None
 
 
 def _is_source(folder: Path) -> bool:

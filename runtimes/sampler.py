@@ -6,16 +6,18 @@ temperature, top-k, top-p, min-p.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qwen2x.quantize.errors import RequestError
 
 Logits = NDArray[np.float32]
+_HEAD = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +41,15 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature <= 100, "in 0..100")
-        _require("top_k", self.top_k, self.top_k >= 0, "0 or more")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "in 0..1")
+        _require_number("temperature", self.temperature, "in 0..100", lambda v: 0 <= v <= 100)
+        _require_integer("top_k", self.top_k, "0 or more", lambda v: v >= 0)
+        _require_number("top_p", self.top_p, "above 0 and at most 1", lambda v: 0 < v <= 1)
+        _require_number("min_p", self.min_p, "in 0..1", lambda v: 0 <= v <= 1)
         penalty = self.repetition_penalty
-        _require("repetition_penalty", penalty, 0 < penalty <= 100, "above 0 and at most 100")
+        expected = "above 0 and at most 100"
+        _require_number("repetition_penalty", penalty, expected, lambda v: 0 < v <= 100)
         if self.seed is not None:
-            _require("seed", self.seed, 0 <= self.seed < 1 << 64, "in 0..2**64-1")
+            _require_integer("seed", self.seed, "in 0..2**64-1", lambda v: 0 <= v < 1 << 64)
 
 
 def read_sampling(generation: Mapping[str, Any], **overrides: Any) -> Sampling:
@@ -67,72 +70,106 @@ def read_sampling(generation: Mapping[str, Any], **overrides: Any) -> Sampling:
 
 
 class Sampler:
-    """Chooses tokens by one ``Sampling``; holds the state of its random numbers."""
+    """Chooses the tokens of one text by one ``Sampling``; holds what the choices depend on.
 
-    def __init__(self, sampling: Sampling) -> None:
+    Args:
+        sampling: the settings.
+        context: the prompt, for the repetition penalty.
+    """
+
+    def __init__(self, sampling: Sampling, context: Sequence[int] = ()) -> None:
         self.sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
+        self._seen = np.unique(np.asarray(context, np.int64))
 
-    def choose(self, logits: Logits, context: Sequence[int]) -> int:
-        """The next token.
+    def choose(self, logits: Logits) -> int:
+        """The next token, which belongs to the context from then on.
 
         Args:
-            logits: float32 [vocab].
-            context: prompt and new tokens so far, for the repetition penalty.
+            logits: float32 [vocab]; they are not changed.
 
         Raises:
             RequestError: logits that are not finite.
         """
-        logits = self._penalize(logits, context)
+        logits = self._penalize(logits)
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):
             raise RequestError(
                 "the model's logits are not finite; validate the bundle, or export it in float32"
             )
         if self.sampling.temperature == 0:
-            return best
-        ids, probabilities = self._distribution(logits)
-        return int(ids[self._draw(probabilities)])
+            token_id = best
+        else:
+            ids, probabilities = self._distribution(logits)
+            token_id = int(ids[self._draw(probabilities)])
+        self._remember(token_id)
+        return token_id
 
-    def _penalize(self, logits: Logits, context: Sequence[int]) -> Logits:
+    def _penalize(self, logits: Logits) -> Logits:
         penalty = np.float32(self.sampling.repetition_penalty)
-        if penalty == 1 or not len(context):
+        if penalty == 1 or not len(self._seen):
             return logits
-        seen = np.unique(np.asarray(context, np.int64))
-        seen = seen[seen < len(logits)]
+        seen = self._seen[: np.searchsorted(self._seen, len(logits))]
         logits = logits.copy()
         values = logits[seen]
         logits[seen] = np.where(values > 0, values / penalty, values * penalty)
         return logits
 
+    def _remember(self, token_id: int) -> None:
+        place = int(np.searchsorted(self._seen, token_id))
+        if place == len(self._seen) or self._seen[place] != token_id:
+            self._seen = np.insert(self._seen, place, token_id)
+
     def _distribution(self, logits: Logits) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Candidate ids from the likeliest down, and their probabilities."""
+        """Ids of the tokens that may be drawn, and their probabilities."""
         sampling = self.sampling
-        if 0 < sampling.top_k < len(logits):
-            # Ties at the k-th place stay in, as in transformers.
-            threshold = np.partition(logits, -sampling.top_k)[-sampling.top_k]
-            ids = np.flatnonzero(logits >= threshold)
-        else:
-            ids = np.flatnonzero(logits > -np.inf)
-        ids = ids[np.argsort(-logits[ids], kind="stable")]
-        scaled = logits[ids].astype(np.float64) / sampling.temperature
-        probabilities = np.exp(scaled - scaled[0])
+        ids = _top_k(logits, sampling.top_k)
+        below = logits[ids].astype(np.float64) - logits.max()
+        with np.errstate(over="ignore"):  # at a tiny temperature all but the likeliest get -inf
+            probabilities = np.exp(below / sampling.temperature)
         probabilities /= probabilities.sum()
         if sampling.top_p < 1:
-            # The token that crosses top_p is the last one kept.
-            before = np.cumsum(probabilities) - probabilities
-            kept = max(1, int((before < sampling.top_p).sum()))
-            ids, probabilities = ids[:kept], probabilities[:kept] / probabilities[:kept].sum()
+            kept = _top_p(probabilities, sampling.top_p)
+            ids, probabilities = ids[kept], probabilities[kept]
         if sampling.min_p > 0:
-            kept = max(1, int((probabilities >= sampling.min_p * probabilities[0]).sum()))
-            ids, probabilities = ids[:kept], probabilities[:kept] / probabilities[:kept].sum()
-        return ids, probabilities
+            kept = np.flatnonzero(probabilities >= sampling.min_p * probabilities.max())
+            ids, probabilities = ids[kept], probabilities[kept]
+        return ids, probabilities / probabilities.sum()
 
     def _draw(self, probabilities: NDArray[np.float64]) -> int:
-        point = self._random.random() * probabilities.sum()
-        return min(int(np.searchsorted(np.cumsum(probabilities), point)), len(probabilities) - 1)
+        reached = np.cumsum(probabilities)
+        point = self._random.random() * reached[-1]
+        return min(int(np.searchsorted(reached, point, side="right")), len(reached) - 1)
 
 
-def _require(name: str, value: float, holds: bool, expected: str) -> None:
-    if not holds or not math.isfinite(value):
-        raise RequestError(f"{name} must be {expected}, got {value}")
+def _top_k(logits: NDArray[np.floating], top_k: int) -> NDArray[np.int64]:
+    """Ids of the k largest. Ties at the k-th place stay in, as in transformers."""
+    if not 0 < top_k < len(logits):
+        return np.arange(len(logits))
+    threshold = np.partition(logits, -top_k)[-top_k]
+    return np.flatnonzero(logits >= threshold)
+
+
+def _top_p(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Places of the likeliest that together reach top_p, the one that crosses it included.
+
+    A few hundred nearly always do; the whole vocabulary is sorted only if they do not.
+    """
+    for size in (_HEAD, len(probabilities)):
+        head = _top_k(probabilities, size)
+        order = head[np.argsort(-probabilities[head], kind="stable")]
+        reached = np.cumsum(probabilities[order])
+        if reached[-1] >= top_p:
+            break
+    before = reached - probabilities[order]
+    return order[: max(1, int((before < top_p).sum()))]
+
+
+def _require_number(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
+        raise RequestError(f"{name} must be a number {expected}, got {value!r}")
+
+
+def _require_integer(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not holds(value):
+        raise RequestError(f"{name} must be an integer {expected}, got {value!r}")

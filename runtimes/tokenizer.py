@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
-from qwen2x.quantize.errors import RequestError
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
+
+from qwen2x.quantize.errors import RequestError
 
 
 class Tokenizer:
@@ -25,14 +27,20 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Tokens that have a text; a model's vocabulary may be padded beyond."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens in it are taken as such, none are added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            raise RequestError(
+                "the text has half characters (lone surrogates), which UTF-8 cannot hold; "
+                f"expected whole Unicode text, got {text!r:.80}"
+            ) from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special tokens."""
@@ -51,27 +59,27 @@ class TextStream:
         self._library = library
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
-        self._text = ""
+        self._given = 0
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; often its own, sometimes none."""
         self._token_ids.append(token_id)
         piece = self._decoder.step(self._library, token_id) or ""
-        self._text += piece
+        self._given += len(piece)
         return piece
 
     def finish(self) -> str:
         """What was held back, with the replacement character for bytes that never became one."""
-        whole = self._tokenizer.decode(self._token_ids)
-        rest = whole[len(self._text) :] if whole.startswith(self._text) else ""
-        self._text += rest
+        rest = self._tokenizer.decode(self._token_ids)[self._given :]
+        self._given += len(rest)
         return rest
 
 
 class StopFilter:
-    """Lets text through until a stop string appears, however it spans the pieces.
+    """Lets text through until a stop string is complete, however it spans the pieces.
 
-    Text that may be the beginning of a stop string is held back until that is decided.
+    Text that may be the beginning of a stop string is held back until that is decided. Of several
+    the one that is complete first counts, so that the outcome does not depend on the pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -86,11 +94,12 @@ class StopFilter:
         if self.is_stopped:
             return ""
         text = self._held + piece
-        found = [text.find(stop) for stop in self._stops if stop in text]
+        found = [(text.index(stop), len(stop)) for stop in self._stops if stop in text]
         if found:
             self.is_stopped = True
             self._held = ""
-            return text[: min(found)]
+            start, _ = min(found, key=lambda place: (sum(place), place[0]))
+            return text[:start]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

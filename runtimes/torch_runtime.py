@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from qwen2x.quantize.errors import BackendError
-from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
+from safetensors import SafetensorError
 from transformers import DynamicCache, Qwen2ForCausalLM
+
+from qwen2x.quantize.errors import BackendError, CheckpointError
+from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
 
 
 class TorchRuntime(CacheBookkeeping):
@@ -35,10 +38,7 @@ class TorchRuntime(CacheBookkeeping):
         transformers.utils.logging.set_verbosity_error()
         self.folder = folder
         self.device = device
-        self._model: Any = Qwen2ForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        )
-        self._model = self._model.to(device).eval()
+        self._model: Any = _load(folder).to(device).eval()
         config, generation = self._model.config, self._model.generation_config
         self.vocab_size = int(config.vocab_size)
         self.max_context = _max_context(config)
@@ -54,13 +54,13 @@ class TorchRuntime(CacheBookkeeping):
         self,
         token_ids: TokenIds,
         *,
-        lengths: list[int] | None = None,
+        lengths: Sequence[int] | None = None,
         start_position: int = 0,
     ) -> Logits:
         """See ``Runtime.logits``."""
-        batch, sequence = token_ids.shape
-        lengths = lengths or [sequence] * batch
-        mask = (np.arange(sequence)[None] < np.array(lengths)[:, None]).astype(np.int64)
+        valid = self._require_rows(token_ids, lengths, start_position)
+        sequence = token_ids.shape[1]
+        mask = (np.arange(sequence)[None] < np.array(valid)[:, None]).astype(np.int64)
         positions = np.broadcast_to(np.arange(sequence) + start_position, token_ids.shape)
         with torch.inference_mode():
             output = self._model(
@@ -77,23 +77,48 @@ class TorchRuntime(CacheBookkeeping):
         self._cache = None
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
-        with torch.inference_mode():
-            output = self._model(
-                input_ids=self._tensor(token_ids),
-                cache=self._cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
+        try:
+            with torch.inference_mode():
+                output = self._model(
+                    input_ids=self._tensor(token_ids),
+                    cache=self._cache,
+                    use_cache=True,
+                    logits_to_keep=keep,
+                )
+        except BaseException:
+            # Ctrl-C between two layers leaves their caches at different lengths.
+            self._truncate_cache(self.cache_length)
+            raise
         return _to_numpy(output.logits[0])
 
     def _truncate_cache(self, length: int) -> None:
         if length == 0:
             self._cache = DynamicCache()
-        else:
-            self._cache.crop(length - self.cache_length)
+            return
+        for layer in self._cache.layers:
+            layer.crop(length - layer.get_seq_length())
 
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.tensor(np.ascontiguousarray(values), device=self.device)
+
+
+def _load(folder: Path) -> Any:
+    """The model in float32. What is missing would otherwise be made up by transformers."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face folder")
+    try:
+        model, found = Qwen2ForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"transformers cannot open {folder}: {reason}") from None
+    wrong = {kind: sorted(map(str, names)) for kind, names in found.items() if names}
+    if wrong:
+        raise CheckpointError(
+            f"{folder} does not hold the tensors that its config.json names: {wrong}"
+        )
+    return model
 
 
 def _to_numpy(tensor: Any) -> Logits:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+
 from qwen2x.runtimes.compare import Difference, compare, kl_divergence, windows_of
-from qwen2x.runtimes.generate import Generation
+from qwen2x.runtimes.generate import Generation, read_text_files
 from qwen2x.runtimes.runtime import Logits, Runtime
 from qwen2x.runtimes.sampler import Sampling
 from qwen2x.runtimes.tolerance import Tolerance
@@ -55,12 +57,19 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The object that ``validate --json`` prints."""
         checks = [
-            {"name": c.name, "verdict": c.verdict, "value": c.value, "limit": c.limit}
-            for c in self.checks
+            {
+                "name": check.name,
+                "verdict": check.verdict,
+                "value": _number(check.value),
+                "limit": check.limit,
+            }
+            for check in self.checks
         ]
+        figures = asdict(self.difference)
+        del figures["kl"]
         return {
             "verdict": self.verdict,
-            **_figures(self.difference),
+            **{name: _number(value) for name, value in figures.items()},
             "checks": checks,
             **self.facts,
             "tolerance": asdict(self.tolerance),
@@ -95,7 +104,7 @@ def validate(
     on_step("logits")
     difference = compare(reference, candidate, windows)
     checks = _limits(difference, tolerance)
-    probe = list(token_ids[:_PROBE])
+    probe = list(token_ids[: min(_PROBE, candidate.max_context)])
     whole = _whole(candidate, probe)
     for name, way in (
         ("cache_equals_prefill", _by_cache),
@@ -119,11 +128,9 @@ def validate(
     return Report(difference=difference, checks=checks, tolerance=tolerance, facts=facts)
 
 
-def _figures(difference: Difference) -> dict[str, Any]:
-    """All but the values per position."""
-    figures = asdict(difference)
-    del figures["kl"]
-    return figures
+def _number(value: float) -> float | None:
+    """The value, or None for what JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def _limits(difference: Difference, tolerance: Tolerance) -> list[Check]:
@@ -186,7 +193,6 @@ def _long_positions(
     candidate: Runtime, reference: Runtime, probe: list[int], tolerance: Tolerance
 ) -> Check:
     """The last positions of the context, reached by their numbers alone."""
-    probe = probe[: candidate.max_context]
     start = candidate.max_context - len(probe)
     ids = np.array([probe], np.int64)
     ours = candidate.logits(ids, start_position=start)[0]
@@ -205,7 +211,7 @@ def _greedy_text_equal(
     candidate.reset()
     limit = min(_GREEDY_TOKENS, candidate.max_context - len(probe))
     if limit < 1:
-        probe, limit = probe[: candidate.max_context // 2], candidate.max_context // 4
+        probe, limit = probe[: len(probe) // 2], max(1, len(probe) // 4)
     answer = Generation(
         runtime=candidate,
         prompt_ids=probe,
@@ -215,7 +221,8 @@ def _greedy_text_equal(
     )
     made = answer.run().token_ids
     judge = reference if tolerance.greedy_against == "transformers" else candidate
-    rows = _whole(judge, [*probe, *made])[len(probe) - 1 : -1]
+    known = read_text_files(candidate.folder).tokenizer.size
+    rows = _whole(judge, [*probe, *made])[len(probe) - 1 : -1, :known]
     best = rows.max(axis=1)
     chosen = rows[np.arange(len(made)), made]
     tie = _TIE if judge is reference else 0.5
