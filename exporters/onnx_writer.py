@@ -25,7 +25,7 @@ from qwen2x.quantize.packing import pack_bytes
 
 Progress = Callable[[int, int], None]
 JOURNAL = "journal"
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 18
 _SYNC_BYTES = 1 << 28
 
 

@@ -186,7 +186,9 @@ def test_what_was_made_of_another_source_is_thrown_away(
     if change == "weights":
         write_tiny_checkpoint(source, seed=1)
     elif change == "config":
-        write_tiny_checkpoint(source, rms_norm_eps=1e-5)
+        config = json.loads((source / "config.json").read_text("utf-8"))
+        text = json.dumps(config | {"rms_norm_eps": 1e-5})
+        (source / "config.json").write_text(text, encoding="utf-8")
     else:
         os.utime(source / "model.safetensors", ns=(0, 12345))
     export(source, out=out, bits=4)
