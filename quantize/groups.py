@@ -24,7 +24,7 @@ Codes = NDArray[np.uint8]
 # signed range is 2**(bits-1); less leaves room, more clips the largest weight for the others' sake.
 # At 8 bits nothing is clipped, so that every weight is within half a step.
 TRIALS = {
-    4: (6.6, 7.0, 7.4, 7.7, 8.0, 8.4, 8.8, 9.3),
+    4: (7.0, 7.5, 8.0, 8.6, 9.3),
     8: (127.0,),
 }
 _GROUPS_PER_BLOCK = 2048

@@ -99,5 +99,5 @@ def test_the_cache_follows_the_users_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", os.sep + "xdg")
     assert cache_folder() == Path("/xdg/qwen2x")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert cache_folder() == Path("/home/somebody/.cache/qwen2x")
+    monkeypatch.setenv("HOME", "/srv/somebody")
+    assert cache_folder() == Path("/srv/somebody/.cache/qwen2x")
