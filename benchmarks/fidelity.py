@@ -21,7 +21,7 @@ import onnxruntime as ort
 
 from benchmarks.measure import TEXTS, build_with_genai, genai_environment, write_result
 from qwen2x.exporters.config import read_config
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.runtimes.compare import compare, windows_of
 from qwen2x.runtimes.runtime import open_runtime
 from qwen2x.runtimes.tokenizer import Tokenizer

@@ -40,7 +40,7 @@ def command(out: Path | None) -> None:
 
 def _walk(examples: Path, out: Path) -> None:
     from qwen2x.exporters.bundle import is_bundle
-    from qwen2x.exporters.export import export
+    from qwen2x.exporters.exporter import export
 
     started = time.monotonic()
     source = examples / CHECKPOINT

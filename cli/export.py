@@ -64,7 +64,7 @@ def command(
         raise click.UsageError(
             "missing -o FOLDER: where to write the bundle", click.get_current_context()
         )
-    from qwen2x.exporters.export import export
+    from qwen2x.exporters.exporter import export
 
     started = time.monotonic()
     with byte_progress(f"exporting {source}", quiet=as_json) as progress:

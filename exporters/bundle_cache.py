@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen2x.exporters.bundle import MANIFEST, sha256_of
 from qwen2x.exporters.checkpoint import find_shards
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.exporters.hub import resolve_source, source_id
 from qwen2x.exporters.onnx_export import Options, options_key
 from qwen2x.exporters.onnx_writer import Progress

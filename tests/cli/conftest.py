@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen2x.cli.main import main
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from tests.cli.command import Done
 from tests.tiny_checkpoint import EXAMPLE, write_tiny_checkpoint
 

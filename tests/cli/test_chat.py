@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qwen2x.cli.chat import _show
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from tests.cli.command import PROGRAM, environment
 from tests.cli.conftest import Call
 from tests.tiny_checkpoint import write_tiny_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from tests.cli.conftest import Call
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

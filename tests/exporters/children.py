@@ -18,7 +18,7 @@ faulthandler.dump_traceback_later(GUARD_SECONDS, exit=True)
 from pathlib import Path
 import qwen2x.exporters.onnx_export as onnx_export
 import qwen2x.exporters.onnx_writer as onnx_writer
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.quantize.errors import InputError
 
 source, out, options = json.loads(sys.argv[1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.quantize.errors import InputError
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from qwen2x.exporters import bundle as bundle_module
 from qwen2x.exporters.bundle import is_bundle, open_bundle, write_manifest
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.quantize.errors import BundleError
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
 from qwen2x.exporters.checkpoint import INDEX, find_shards, open_checkpoint
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.quantize.errors import CheckpointError
 from tests.exporters.refusal import refused_export
 from tests.tiny_checkpoint import write_tiny_checkpoint

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.quantize.groups import QuantizedMatrix, dequantize
 from qwen2x.quantize.packing import unpack_bytes
 from qwen2x.quantize.scheme import Scheme

@@ -12,7 +12,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from safetensors.torch import load_file
 
 from qwen2x.exporters import onnx_writer
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 ELEMENTS = 4096  # smaller than every matrix, not a multiple of the 384 columns of down_proj

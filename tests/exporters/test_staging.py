@@ -20,7 +20,7 @@ import pytest
 from qwen2x.exporters import onnx_writer, staging
 from qwen2x.exporters.bundle import open_bundle
 from qwen2x.exporters.checkpoint import Checkpoint
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.exporters.staging import KEY_FILE, require_space, stage_folder
 from qwen2x.quantize.errors import BundleError, InputError
 from tests.exporters.children import can_mount, child, environment, run_child

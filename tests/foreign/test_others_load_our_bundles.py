@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.runtimes.runtime import open_runtime
 from tests.foreign.environments import CannotInstallError, Environment, Outcome, open_environment
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwen2x.exporters.export import export
+from qwen2x.exporters.exporter import export
 from qwen2x.runtimes.runtime import Runtime, open_runtime
 from tests.tiny_checkpoint import EXAMPLE, write_tiny_checkpoint
 
