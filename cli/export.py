@@ -102,12 +102,12 @@ def command(
 
 
 def _dry_run(source: str, options: Any, revision: str | None, as_json: bool) -> None:
-    from qwen2x.exporters.checkpoint import open_checkpoint
+    from qwen2x.exporters.config import read_config
     from qwen2x.exporters.hub import resolve_source
     from qwen2x.exporters.onnx_export import plan_export
 
-    with open_checkpoint(resolve_source(source, revision=revision)) as checkpoint:
-        plan = plan_export(checkpoint.config, options)
+    folder = resolve_source(source, revision=revision, weights=False)
+    plan = plan_export(read_config(folder), options)
     files = [
         {"name": "model.onnx", "bytes": plan.model.ByteSize()},
         {"name": "model.onnx_data", "bytes": plan.layout.end},

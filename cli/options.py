@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,11 @@ system_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 quantize_options = _together(
-    click.option("--bits", type=click.Choice(["4", "8"]), help="Quantize. Default: float weights."),
+    click.option(
+        "--bits",
+        type=click.Choice(["4", "8"]),
+        help="Quantize; with 4, q, k, v, embedding and head have 8. Default: float weights.",
+    ),
     click.option(
         "--group-size",
         type=click.Choice(["32", "64", "128"]),
@@ -187,6 +192,15 @@ def _refuse(making: dict[str, Any], names: tuple[str, ...], reason: str) -> None
         raise RequestError(f"{reason}; leave out {' and '.join(given)}")
 
 
+def _usable_devices() -> list[str]:
+    """What onnxruntime offers here; nothing without it, which opening the bundle will say."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return []
+    from qwen2x.runtimes.onnx_runtime import available_devices
+
+    return available_devices()
+
+
 def _bundle_of(
     model: str,
     device: str,
@@ -198,8 +212,10 @@ def _bundle_of(
     from qwen2x.exporters.bundle_cache import cached_bundle
     from qwen2x.exporters.onnx_export import Options
 
+    if device == "auto":
+        device = "cuda" if "cuda" in _usable_devices() else "cpu"
     options = Options(
-        device="cuda" if device == "cuda" else "cpu",
+        device=device,
         dtype=dtype,
         bits=int(bits) if bits else None,
         group_size=int(group_size),

@@ -20,6 +20,8 @@ _NEEDED = {"onnx": ("model.onnx", "model.onnx_data"), "mlx": ("config.json",)}
 _SMALL = 32 << 20
 _BLOCK = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_LAYOUTS = ("shared", "concatenated")
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,10 @@ def open_bundle(folder: Path, *, verify: bool = False) -> Bundle:
             "export it again with this qwen2x"
         )
     bundle = Bundle(folder=folder, manifest=manifest)
+    for entry in folder.iterdir():
+        _refuse_link(entry)
     try:
+        _require_usable(bundle)
         files = _promised_files(bundle)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
@@ -192,6 +197,24 @@ def _promised_files(bundle: Bundle) -> list[_Promise]:
         )
         for name, entry in described.items()
     ]
+
+
+def _require_usable(bundle: Bundle) -> None:
+    """Fails with ValueError where what a runtime is about to trust makes no sense."""
+    cache = bundle.cache
+    for name in ("layers", "num_key_value_heads", "head_dim"):
+        if not isinstance(cache[name], int) or not 1 <= cache[name] <= 1 << 20:
+            raise ValueError(f"cache {name} is {cache[name]!r}")
+    if cache["layout"] not in _LAYOUTS:
+        raise ValueError(f"cache layout is {cache['layout']!r}")
+    for dtype in (bundle.dtype, cache["dtype"]):
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype!r}")
+    eos = bundle.manifest["eos_token_ids"]
+    if not isinstance(eos, list) or not all(isinstance(token, int) for token in eos):
+        raise ValueError(f"eos_token_ids is {eos!r}")
+    if not 1 <= bundle.max_context <= 1 << 30:
+        raise ValueError(f"max_context is {bundle.max_context}")
 
 
 def _damaged(path: Path, error: Exception) -> BundleError:

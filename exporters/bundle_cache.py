@@ -9,13 +9,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwen2x.exporters.bundle import MANIFEST, sha256_of
+from filelock import FileLock
+
+from qwen2x.exporters.bundle import open_bundle, sha256_of
 from qwen2x.exporters.checkpoint import find_shards
 from qwen2x.exporters.exporter import export
 from qwen2x.exporters.hub import resolve_source, source_id
 from qwen2x.exporters.onnx_export import Options, options_key
 from qwen2x.exporters.onnx_writer import Progress
+from qwen2x.exporters.staging import turn_os_errors
 from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES
+from qwen2x.quantize.errors import BundleError
 
 _HASHES = "hashes.json"
 
@@ -43,9 +47,35 @@ def cached_bundle(
     folder = resolve_source(source, revision=revision)
     key = f"{_source_hash(folder)[:16]}-{options_key(options)}"
     out = cache_folder() / "bundles" / f"{source_id(source).replace('/', '--')}-{key}"
-    if not (out / MANIFEST).is_file():
-        export(folder, out=out, progress=progress, source_name=source_id(source), **vars(options))
+    once = cache_folder() / f".{out.name}.lock"
+    with turn_os_errors(once):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        lock = FileLock(once)
+        lock.acquire()  # A second run waits for the first one's export, and then has it.
+    try:
+        if not _is_intact(out):
+            export(
+                folder,
+                out=out,
+                progress=progress,
+                source_name=source_id(source),
+                force=True,
+                **vars(options),
+            )
+    finally:
+        with suppress(OSError):  # Windows keeps an open file
+            once.unlink()
+        lock.release()
     return out
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether a bundle is there and opens; a damaged one is made again."""
+    try:
+        open_bundle(folder)
+    except BundleError:
+        return False
+    return True
 
 
 def _source_hash(folder: Path) -> str:

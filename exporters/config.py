@@ -228,4 +228,9 @@ def _eos(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ..
     for item in ids:
         if isinstance(item, bool) or not isinstance(item, int) or item < 0:
             raise ConfigError(f"eos_token_id must be a whole number or a list, got {value!r}")
+    outside = [item for item in ids if item >= _dimension(raw, "vocab_size")]
+    if outside:
+        raise ConfigError(
+            f"eos_token_id {outside[0]} lies beyond the vocabulary of {raw['vocab_size']}"
+        )
     return tuple(dict.fromkeys(ids))

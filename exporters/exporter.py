@@ -9,6 +9,7 @@ from typing import Any
 from qwen2x.exporters.hub import resolve_source, source_id
 from qwen2x.exporters.onnx_export import Options, export_onnx
 from qwen2x.exporters.onnx_writer import Progress
+from qwen2x.exporters.staging import require_absent
 from qwen2x.quantize.errors import BackendError
 
 
@@ -48,6 +49,8 @@ def export(
     """
     if target != "onnx":
         raise BackendError(f"target must be 'onnx', got {target!r}")
+    # Before anything is fetched, since that may take hours.
+    require_absent(Path(out).absolute(), force)
     folder = resolve_source(source, revision=revision)
     manifest = export_onnx(
         folder,

@@ -41,7 +41,11 @@ _EXAMPLE = "Qwen/Qwen2-0.5B-Instruct"
 
 
 def resolve_source(
-    source: str | Path, *, revision: str | None = None, progress: bool = True
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    progress: bool = True,
+    weights: bool = True,
 ) -> Path:
     """Gives the local folder of a source; a hub id is first fetched into the user's cache.
 
@@ -53,6 +57,7 @@ def resolve_source(
         source: a folder, or a hub id such as ``Qwen/Qwen2-0.5B-Instruct``.
         revision: a branch, tag or commit of the hub id; None is its main branch.
         progress: whether bytes are counted on standard error.
+        weights: whether they are needed too; without, a hub id costs a few megabytes.
 
     Returns:
         The folder, as an absolute path.
@@ -62,7 +67,7 @@ def resolve_source(
     """
     folder = _local_folder(source)
     if folder is None:
-        return _fetch_explained(_hub_id(source), revision or "main", progress)
+        return _fetch_explained(_hub_id(source), revision or "main", progress, weights)
     if revision is not None:
         raise SourceError(
             f"a revision belongs to a hub id, got revision {revision!r} with the local folder "
@@ -104,13 +109,13 @@ def _hub_id(source: str | Path) -> str:
     return text
 
 
-def _fetch_explained(repo_id: str, revision: str, progress: bool) -> Path:
+def _fetch_explained(repo_id: str, revision: str, progress: bool, weights: bool) -> Path:
     """Fetches, and turns what can go wrong on the way into one line."""
     import httpx2
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 
     try:
-        return _fetch(repo_id, revision, progress)
+        return _fetch(repo_id, revision, progress, weights)
     except HFValidationError as error:
         raise SourceError(
             f"expected a local folder or a hub id such as {_EXAMPLE}, got {repo_id!r}, which is "
@@ -126,7 +131,7 @@ def _fetch_explained(repo_id: str, revision: str, progress: bool) -> Path:
         raise _explain(error, repo_id, revision) from error
 
 
-def _fetch(repo_id: str, revision: str, progress: bool) -> Path:
+def _fetch(repo_id: str, revision: str, progress: bool, weights: bool) -> Path:
     """Fetches what is missing, file by file in this thread.
 
     ``snapshot_download`` takes the listing and finds the folder. It does not take the weights:
@@ -145,7 +150,9 @@ def _fetch(repo_id: str, revision: str, progress: bool) -> Path:
     missing = {
         name: size
         for name, size in sizes.items()
-        if _is_needed(name) and not (folder / name).exists()
+        if _is_needed(name)
+        and (weights or not fnmatchcase(name, _WEIGHTS))
+        and not (folder / name).exists()
     }
     if missing:
         _refuse_full_disk(repo_id, commit, missing)

@@ -113,7 +113,11 @@ def _convert(checkpoint: Checkpoint, chunk: _Chunk, file: _DataFile) -> None:
         matrix = quantize(values, weight.scheme)
         codes = pack_bytes(matrix.codes, weight.scheme.bits)
         file.write(weight.values, chunk.row, codes)
-        scales = matrix.scales.astype(NUMPY_TYPES[weight.scales.element_type])
+        with np.errstate(over="ignore"):
+            scales = matrix.scales.astype(NUMPY_TYPES[weight.scales.element_type])
+        # Below float16's normal numbers a scale loses bits, which its codes were not chosen for.
+        if not np.array_equal(scales.astype(np.float32), matrix.scales):
+            _require_close(scales, matrix.scales, chunk.source)
         file.write(weight.scales, chunk.row, scales)
         return
     with np.errstate(over="ignore"):
@@ -124,6 +128,18 @@ def _convert(checkpoint: Checkpoint, chunk: _Chunk, file: _DataFile) -> None:
             "choose --dtype bfloat16 or float32"
         )
     file.write(weight.values, chunk.row, stored)
+
+
+def _require_close(stored: np.ndarray, scales: np.ndarray, source: str) -> None:
+    """Raises CheckpointError for scales that a float16 graph would change by over one percent."""
+    wide = stored.astype(np.float32)
+    if np.isfinite(wide).all() and (np.abs(wide - scales) <= 0.01 * np.abs(scales)).all():
+        return
+    worst = scales[np.abs(wide - scales).argmax() // scales.shape[1]]
+    raise CheckpointError(
+        f"{source} needs scales that float16 cannot hold (such as {np.abs(worst).max():.4g}); "
+        "choose --dtype bfloat16"
+    )
 
 
 class _DataFile:

@@ -208,6 +208,6 @@ def _number(
         return float(default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"rope {key} must be a number, got {value!r}")
-    if not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"rope {key} must be a positive number, got {value!r}")
+    if not 0 < value < 1e30:
+        raise ConfigError(f"rope {key} must be a positive number, got {value!r:.40}")
     return float(value)

@@ -33,7 +33,7 @@ def stage_folder(out: Path, key: Mapping[str, Any], *, force: bool = False) -> I
     out = Path(os.path.abspath(out))
     staging = _staging_of(out)
     lock_path = out.with_name(f".{out.name}.lock")
-    with _turn_os_errors(out), _new_parents(out):
+    with turn_os_errors(out), _new_parents(out):
         lock = FileLock(lock_path)
         try:
             lock.acquire(timeout=0)
@@ -42,7 +42,8 @@ def stage_folder(out: Path, key: Mapping[str, Any], *, force: bool = False) -> I
                 f"another export is writing {out}; wait for it or choose another folder"
             ) from None
         try:
-            _require_absent(out, force)
+            _restore(out)
+            require_absent(out, force)
             _open_staging(staging, key)
             yield staging
             _publish(staging, out, force)
@@ -61,7 +62,7 @@ def require_space(folder: Path, needed: int) -> None:
     What an interrupted run left there counts as free: it is gone on with, or removed.
     """
     folder = Path(os.path.abspath(folder))
-    with _turn_os_errors(folder):
+    with turn_os_errors(folder):
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free + _occupied(_staging_of(folder))
     if free < needed:
@@ -96,18 +97,22 @@ def _new_parents(out: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _require_absent(out: Path, force: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise BundleError(f"{out} exists and is no folder; choose another name")
-    if not force and any(out.iterdir()):
-        raise BundleError(f"{out} exists and is not empty; choose another folder or add --force")
-    if not (out / MANIFEST).is_file() and any(path.is_dir() for path in out.iterdir()):
-        raise BundleError(
-            f"{out} is no bundle and holds folders, which --force would delete; "
-            "choose another folder"
-        )
+def require_absent(out: Path, force: bool) -> None:
+    """Raises BundleError where a bundle may not be written: something is there, or a tree is."""
+    with turn_os_errors(out):
+        if not out.exists() and not out.is_symlink():
+            return
+        if not out.is_dir() or out.is_symlink():
+            raise BundleError(f"{out} exists and is no folder; choose another name")
+        if not force and any(out.iterdir()):
+            raise BundleError(
+                f"{out} exists and is not empty; choose another folder or add --force"
+            )
+        if not (out / MANIFEST).is_file() and any(path.is_dir() for path in out.iterdir()):
+            raise BundleError(
+                f"{out} is no bundle and holds folders, which --force would delete; "
+                "choose another folder"
+            )
 
 
 def _open_staging(staging: Path, key: Mapping[str, Any]) -> None:
@@ -121,6 +126,13 @@ def _open_staging(staging: Path, key: Mapping[str, Any]) -> None:
         shutil.rmtree(staging)
     staging.mkdir()
     key_file.write_bytes(wanted)
+
+
+def _restore(out: Path) -> None:
+    """Puts back the old bundle of a replacement that was killed between its two renames."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    if replaced.is_dir() and not out.exists():
+        replaced.rename(out)
 
 
 def _publish(staging: Path, out: Path, force: bool) -> None:
@@ -157,7 +169,7 @@ def sync_path(path: Path) -> None:
 
 
 @contextmanager
-def _turn_os_errors(out: Path) -> Iterator[None]:
+def turn_os_errors(out: Path) -> Iterator[None]:
     """The disk's refusals in one line; they are the user's to solve, not a fault of ours."""
     try:
         yield

@@ -78,7 +78,7 @@ def _read_generation(path: Path) -> dict[str, Any]:
         return {}
     try:
         generation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise RequestError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(generation, dict):
         raise RequestError(f"{path} must hold a JSON object, got {generation!r:.80}")

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from qwen2x.exporters.bundle import Bundle
-from qwen2x.quantize.errors import BackendError, BundleError
+from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
 
@@ -51,17 +51,24 @@ class OnnxRuntime(CacheBookkeeping):
         token_ids: TokenIds,
         *,
         lengths: Sequence[int] | None = None,
-        start_position: int = 0,
+        positions: Sequence[int] | None = None,
     ) -> Logits:
         """See ``Runtime.logits``."""
-        valid = self._require_rows(token_ids, lengths, start_position)
+        valid, places = self._require_rows(token_ids, lengths, positions)
         batch, sequence = token_ids.shape
+        # GroupQueryAttention takes a first call's positions as consecutive: a jump begins a chunk.
+        starts = [0, *(np.flatnonzero(np.diff(places) > 1) + 1).tolist()]
+        if len(starts) > 1 and batch > 1:
+            raise RequestError(f"positions that jump need a single row, got {batch}")
         mask = np.arange(sequence)[None] < np.array(valid)[:, None]
-        positions = np.broadcast_to(np.arange(sequence) + start_position, token_ids.shape)
         cache = ConcatenatedCache(self.bundle.cache, self.device, batch)
         rows = np.empty((batch, sequence, self.vocab_size), np.float32)
-        inputs = _inputs(token_ids, mask, positions, keep=0)
-        self._run_bound(self._session.io_binding(), inputs, rows, cache, 0, sequence)
+        for start, stop in zip(starts, [*starts[1:], sequence], strict=True):
+            ids = token_ids[:, start:stop]
+            inputs = _inputs(ids, mask[:, :stop], np.broadcast_to(places[start:stop], ids.shape), 0)
+            binding = self._session.io_binding()
+            self._run_bound(binding, inputs, rows[:, start:stop], cache, start, stop)
+            cache.collect(binding)
         return rows
 
     def close(self) -> None:
@@ -98,7 +105,10 @@ class OnnxRuntime(CacheBookkeeping):
         logits = ort.OrtValue.ortvalue_from_numpy(rows)
         binding.bind_ortvalue_output("logits", logits)
         cache.bind(binding, past, total)
-        self._session.run_with_iobinding(binding)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise _not_runnable(self.bundle, error) from None
 
     def _truncate_cache(self, length: int) -> None:
         self._cache.truncate(length)
@@ -137,12 +147,40 @@ def _choose_device(bundle: Bundle, device: str) -> str:
             f"onnxruntime {ort.__version__} has no {_PROVIDERS[device]} here; "
             f'pip install "qwen2x[{device}]" (and uninstall the other onnxruntime first)'
         )
+    if device == "cuda" and bundle.device == "cpu":
+        raise BackendError(
+            f"{bundle.folder} is made for the CPU; export it again with --device cuda"
+        )
     if bundle.dtype == "bfloat16" and device == "cpu":
         raise BackendError(
             f"{bundle.folder} is a bfloat16 bundle for cuda, which is not here; "
             "export it again with --device cpu"
         )
     return device
+
+
+def _not_runnable(bundle: Bundle, error: Exception) -> Exception:
+    """The errors of onnxruntime as a BundleError; anything else as it is."""
+    kind = type(error)
+    if not kind.__module__.startswith("onnxruntime") and kind is not RuntimeError:
+        return error
+    reason = str(error).strip().splitlines()[0]
+    return BundleError(f"onnxruntime cannot use {bundle.folder / GRAPH_FILE}: {reason}")
+
+
+def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
+    """Raises BundleError where the graph is not the one that the manifest describes."""
+    cache = bundle.cache
+    past = [item for item in session.get_inputs() if item.name.startswith("past_key_values.")]
+    wanted = (2 * cache["layers"], cache["num_key_value_heads"], cache["head_dim"])
+    found = (len(past), past[0].shape[1], past[0].shape[3]) if past else (0, 0, 0)
+    columns = next(item.shape[-1] for item in session.get_outputs() if item.name == "logits")
+    if (*found, columns) != (*wanted, bundle.vocab_size):
+        raise BundleError(
+            f"{bundle.folder}: the manifest says {wanted} cache arrays, heads and head size and "
+            f"{bundle.vocab_size} logits, the graph has {found} and {columns}; "
+            "export the bundle again"
+        )
 
 
 def _open_session(bundle: Bundle, device: str, threads: int | None) -> Any:
@@ -157,15 +195,11 @@ def _open_session(bundle: Bundle, device: str, threads: int | None) -> Any:
     try:
         session = ort.InferenceSession(bundle.folder / GRAPH_FILE, options, providers=providers)
     except Exception as error:
-        if type(error).__module__.startswith("onnxruntime"):
-            reason = str(error).strip().splitlines()[0]
-            raise BundleError(
-                f"onnxruntime cannot open {bundle.folder / GRAPH_FILE}: {reason}"
-            ) from None
-        raise
+        raise _not_runnable(bundle, error) from None
     if _PROVIDERS[device] not in session.get_providers():
         raise BackendError(
             f"onnxruntime could not start {_PROVIDERS[device]}; check the driver and the CUDA "
             "libraries, or use --device cpu"
         )
+    _require_promised_shapes(bundle, session)
     return session

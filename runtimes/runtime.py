@@ -67,14 +67,14 @@ class Runtime(Protocol):
         token_ids: TokenIds,
         *,
         lengths: Sequence[int] | None = None,
-        start_position: int = 0,
+        positions: Sequence[int] | None = None,
     ) -> Logits:
         """Logits float32 [batch, sequence, vocab] of whole rows, apart from the cache.
 
         Args:
             token_ids: int64 [batch, sequence], padded on the right.
             lengths: valid tokens per row; all of them by default.
-            start_position: the position of every row's first token.
+            positions: of the columns, rising; 0, 1, ... by default. A jump needs a single row.
         """
         ...
 
@@ -239,9 +239,12 @@ class CacheBookkeeping:
             )
 
     def _require_rows(
-        self, token_ids: TokenIds, lengths: Sequence[int] | None, start_position: int
-    ) -> list[int]:
-        """Checks the arguments of ``logits`` and gives the length of every row."""
+        self,
+        token_ids: TokenIds,
+        lengths: Sequence[int] | None,
+        positions: Sequence[int] | None,
+    ) -> tuple[list[int], TokenIds]:
+        """Checks the arguments of ``logits``; gives lengths of rows and positions of columns."""
         if token_ids.ndim != 2 or token_ids.size == 0:
             raise RequestError(
                 f"expected token ids [batch, sequence] with tokens, got shape {token_ids.shape}"
@@ -256,12 +259,15 @@ class CacheBookkeeping:
             raise RequestError(
                 f"expected {batch} lengths in 1..{sequence}, one per row, got {taken}"
             )
-        if start_position < 0 or start_position + sequence > self.max_context:
+        places = np.array(integers(range(sequence) if positions is None else positions), np.int64)
+        if len(places) != sequence or (np.diff(places) < 1).any():
+            raise RequestError(f"expected {sequence} rising positions, got {places.tolist()!r:.80}")
+        if places[0] < 0 or places[-1] >= self.max_context:
             raise RequestError(
-                f"positions {start_position}..{start_position + sequence - 1} are needed, the "
+                f"positions {places[0]}..{places[-1]} are needed, the "
                 f"context has 0..{self.max_context - 1}; shorten the rows"
             )
-        return taken
+        return taken, places
 
 
 def integers(token_ids: Sequence[Any]) -> list[int]:

@@ -55,18 +55,17 @@ class TorchRuntime(CacheBookkeeping):
         token_ids: TokenIds,
         *,
         lengths: Sequence[int] | None = None,
-        start_position: int = 0,
+        positions: Sequence[int] | None = None,
     ) -> Logits:
         """See ``Runtime.logits``."""
-        valid = self._require_rows(token_ids, lengths, start_position)
+        valid, places = self._require_rows(token_ids, lengths, positions)
         sequence = token_ids.shape[1]
         mask = (np.arange(sequence)[None] < np.array(valid)[:, None]).astype(np.int64)
-        positions = np.broadcast_to(np.arange(sequence) + start_position, token_ids.shape)
         with torch.inference_mode():
             output = self._model(
                 input_ids=self._tensor(token_ids),
                 attention_mask=self._tensor(mask),
-                position_ids=self._tensor(positions),
+                position_ids=self._tensor(np.broadcast_to(places, token_ids.shape)),
                 use_cache=False,
             )
         return _to_numpy(output.logits)

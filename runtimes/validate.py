@@ -192,11 +192,17 @@ def _batch_equals_single(runtime: Runtime, probe: list[int], tolerance: Toleranc
 def _long_positions(
     candidate: Runtime, reference: Runtime, probe: list[int], tolerance: Tolerance
 ) -> Check:
-    """The last positions of the context, reached by their numbers alone."""
+    """Half of the probe at the beginning of the context, half at its end, by their numbers alone.
+
+    Rotary attention sees differences of positions, so only the jump shows whether the far ones are
+    right.
+    """
     start = candidate.max_context - len(probe)
     ids = np.array([probe], np.int64)
-    ours = candidate.logits(ids, start_position=start)[0]
-    theirs = reference.logits(ids, start_position=start)[0]
+    half = len(probe) // 2
+    positions = [*range(half), *range(start + half, start + len(probe))]
+    ours = candidate.logits(ids, positions=positions)[0]
+    theirs = reference.logits(ids, positions=positions)[0]
     value = float(kl_divergence(theirs, ours).mean())
     return Check(name="long_positions", value=value, limit=tolerance.kl_mean)
 

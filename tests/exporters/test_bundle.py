@@ -308,3 +308,33 @@ def test_a_manifest_that_does_not_vouch_for_the_model_is_refused(name: str, bund
 def test_a_damaged_entry_of_a_file_is_refused(entry: Any, bundle: Path) -> None:
     change_manifest(bundle, lambda manifest: manifest["files"].update({"model.onnx": entry}))
     assert "is damaged (" in refusal(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": "int3"}, "dtype is 'int3'"),
+        ({"eos_token_ids": "ab"}, "eos_token_ids is 'ab'"),
+        ({"cache": {}}, "layers"),
+        ({"rope": {"max_context": 1 << 40}}, "max_context"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    folder = tmp_path / "bundle"
+    export(write_tiny_checkpoint(tmp_path / "source", num_hidden_layers=1), out=folder)
+    manifest = json.loads((folder / "qwen2x.json").read_text("utf-8"))
+    (folder / "qwen2x.json").write_text(json.dumps(manifest | changes), "utf-8")
+    with pytest.raises(BundleError, match="is damaged") as refused:
+        open_bundle(folder)
+    assert said in str(refused.value)
+
+
+def test_a_linked_companion_that_the_manifest_does_not_name_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    export(write_tiny_checkpoint(tmp_path / "source", num_hidden_layers=1), out=folder)
+    (tmp_path / "evil").write_text("{{ 1 }}", "utf-8")
+    (folder / "special.jinja").symlink_to(tmp_path / "evil")
+    with pytest.raises(BundleError, match="is a link"):
+        open_bundle(folder)

@@ -101,3 +101,11 @@ def test_the_cache_follows_the_users_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/srv/somebody")
     assert cache_folder() == Path("/srv/somebody/.cache/qwen2x")
+
+
+def test_a_damaged_bundle_in_the_cache_is_made_again(source: Path) -> None:
+    folder = cached_bundle(source, Options())
+    (folder / "model.onnx").write_bytes(b"cut")
+    assert cached_bundle(source, Options()) == folder
+    open_bundle(folder, verify=True)
+    assert [path.name for path in cache_folder().iterdir() if path.suffix == ".lock"] == []

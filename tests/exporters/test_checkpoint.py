@@ -146,6 +146,7 @@ def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine(tmp_path: Path) -> Non
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path, out: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", vocab_size=2015)
+    (source / "generation_config.json").write_text('{"eos_token_id": 2013}', "utf-8")
     message = refused_export(source, out)
     assert "<|im_end|>" in message
     assert "id 2015" in message

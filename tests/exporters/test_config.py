@@ -231,3 +231,16 @@ def test_a_refused_config_leaves_nothing_behind(changes: dict[str, Any], tmp_pat
 def test_unknown_keys_outside_rope_are_carried_into_the_bundles_config(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", a_key_of_tomorrow=[1])
     assert read_config(source).raw == json.loads((source / "config.json").read_text("utf-8"))
+
+
+def test_an_end_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source")
+    (source / "generation_config.json").write_text('{"eos_token_id": [2048]}', "utf-8")
+    with pytest.raises(ConfigError, match="eos_token_id 2048 lies beyond the vocabulary of 2048"):
+        read_config(source)
+
+
+def test_a_number_too_large_for_a_float_is_refused(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", rope_theta=10**400)
+    with pytest.raises(ConfigError, match="rope_theta must be a positive number"):
+        read_config(source)

@@ -336,7 +336,7 @@ def test_force_never_deletes_the_source(where: str, source: Path) -> None:
         for path in source.iterdir():
             (reads / path.name).symlink_to(path)
     target = source.parent if where == "parent" else source
-    with pytest.raises(BundleError, match=r"holds the checkpoint itself .*; choose another folder"):
+    with pytest.raises(BundleError, match=r"holds (the checkpoint|folders)"):
         export(reads, out=target, force=True)
     assert listing(source) == before
 

@@ -144,9 +144,13 @@ def test_far_positions_are_those_of_transformers(
     runtime: Runtime, near: Any, random_torch: Runtime
 ) -> None:
     ids = np.array([PROMPT[:20]])
-    start = runtime.max_context - 20
-    found = runtime.logits(ids, start_position=start)
-    near(found, random_torch.logits(ids, start_position=start))
+    end = runtime.max_context
+    jump = [*range(8), *range(end - 12, end)]
+    found = runtime.logits(ids, positions=jump)
+    near(found, random_torch.logits(ids, positions=jump))
+    assert np.abs(found - runtime.logits(ids)).max() > 1e-3
+    far = range(end - 20, end)
+    near(runtime.logits(ids, positions=far), random_torch.logits(ids, positions=far))
 
 
 def test_the_last_position_of_the_context_is_the_last(runtime: Runtime) -> None:
@@ -187,8 +191,10 @@ def test_a_refused_call_leaves_the_cache_as_it_was(
         ([[1, 2]], {"lengths": [3]}, r"lengths in 1\.\.2, one per row"),
         ([[1, 2]], {"lengths": [0]}, r"lengths in 1\.\.2, one per row"),
         ([[1, 2]], {"lengths": [2, 2]}, "expected 1 lengths"),
-        ([[1, 2]], {"start_position": -1}, "shorten the rows"),
-        ([[1, 2]], {"start_position": 511}, r"511\.\.512 are needed, the context has 0\.\.511"),
+        ([[1, 2]], {"positions": [3, 3]}, "2 rising positions"),
+        ([[1, 2]], {"positions": [3]}, "2 rising positions"),
+        ([[1, 2]], {"positions": [-1, 0]}, "shorten the rows"),
+        ([[1, 2]], {"positions": [511, 512]}, r"511\.\.512 are needed, the context has 0\.\.511"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(
@@ -396,7 +402,7 @@ def test_a_damaged_graph_is_refused_in_one_line(
     content = {"garbage": b"\x00\xff" * 50, "cut": whole[: len(whole) // 2], "empty": b""}[damage]
     (folder / "model.onnx").write_bytes(content)
     rewrite_manifest(folder)
-    with pytest.raises(BundleError, match=r"cannot open .*model\.onnx: .") as caught:
+    with pytest.raises(BundleError, match=r"cannot use .*model\.onnx: .") as caught:
         open_runtime(folder)
     assert "\n" not in str(caught.value)
 
@@ -408,7 +414,7 @@ def test_a_graph_whose_weights_are_cut_short_is_refused(
     data = (folder / "model.onnx_data").read_bytes()
     (folder / "model.onnx_data").write_bytes(data[:5000])
     rewrite_manifest(folder)
-    with pytest.raises(BundleError, match="cannot open"):
+    with pytest.raises(BundleError, match="cannot use"):
         open_runtime(folder)
 
 

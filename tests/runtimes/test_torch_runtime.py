@@ -88,9 +88,9 @@ def test_yarn_reaches_factor_times_the_original_context(tmp_path: Path) -> None:
     )
     with open_runtime(source, backend="torch", threads=1) as runtime:
         assert runtime.max_context == 512
-        assert np.isfinite(runtime.logits(np.array([TOKENS]), start_position=472)).all()
+        assert np.isfinite(runtime.logits(np.array([TOKENS]), positions=range(472, 512))).all()
         with pytest.raises(RequestError, match="context has"):
-            runtime.logits(np.array([TOKENS]), start_position=473)
+            runtime.logits(np.array([TOKENS]), positions=range(473, 513))
 
 
 def test_facts_and_end_tokens_are_those_of_the_checkpoint(runtime: Runtime) -> None:

@@ -169,19 +169,26 @@ class WrongRows(Wrapped):
     """Gives every row of a batch the length of another."""
 
     def logits(
-        self, token_ids: TokenIds, *, lengths: Sequence[int] | None = None, start_position: int = 0
+        self,
+        token_ids: TokenIds,
+        *,
+        lengths: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
     ) -> Logits:
         turned = None if lengths is None else list(lengths)[::-1]
-        return self._inner.logits(token_ids, lengths=turned, start_position=start_position)
+        return self._inner.logits(token_ids, lengths=turned, positions=positions)
 
 
 class NoFarPositions(Wrapped):
     """Counts from zero whatever it is told."""
 
     def logits(
-        self, token_ids: TokenIds, *, lengths: Sequence[int] | None = None, start_position: int = 0
+        self,
+        token_ids: TokenIds,
+        *,
+        lengths: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
     ) -> Logits:
-        token_ids = token_ids if start_position == 0 else token_ids[:, ::-1].copy()
         return self._inner.logits(token_ids, lengths=lengths)
 
 
