@@ -79,7 +79,7 @@ def run_bench(
     from qwen2x.runtimes.runtime import open_runtime
 
     started = time.perf_counter()
-    with open_runtime(bundle, device=device, threads=threads) as runtime:
+    with open_runtime(bundle, backend="onnx", device=device, threads=threads) as runtime:
         load_s = time.perf_counter() - started
         text_ids = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
         speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from qwen2x.cli.machine import peak_memory_bytes
 from qwen2x.cli.options import json_option, quantize_options
-from qwen2x.cli.output import byte_progress, print_json, print_table, size_text
+from qwen2x.cli.output import byte_progress, log, print_json, print_table, size_text
 
 
 @click.command(
@@ -56,6 +57,7 @@ def command(
     """
     from qwen2x.exporters.onnx_export import Options
 
+    _refuse_without_bits(bits)
     chosen = Options(bits=int(bits) if bits else None, group_size=int(group_size), **options)
     if dry_run:
         _dry_run(source, chosen, revision, as_json)
@@ -73,6 +75,10 @@ def command(
             **vars(chosen),
         )  # fmt: skip
     manifest = done.manifest
+    if options["dtype"] == "bfloat16" and manifest["dtype"] == "float32":
+        log("on the CPU a bfloat16 export computes in float32; --device cuda keeps bfloat16")
+    if "tokenizer.json" not in manifest["files"]:
+        log("the checkpoint has no tokenizer.json: run, chat and validate will need one")
     files = [{"name": name, **facts} for name, facts in manifest["files"].items()]
     result = {
         "bundle": str(done.bundle),
@@ -99,6 +105,18 @@ def command(
             ("run it", f'qwen2x run {done.bundle} "Hello"'),
         ]
     )
+
+
+def _refuse_without_bits(bits: str | None) -> None:
+    """Options of quantization that were given, but would have no effect."""
+    context = click.get_current_context()
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("group_size", "method")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if given and bits is None:
+        raise click.UsageError(f"{' and '.join(given)} needs --bits 4 or --bits 8", context)
 
 
 def _dry_run(source: str, options: Any, revision: str | None, as_json: bool) -> None:

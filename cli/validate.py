@@ -76,14 +76,20 @@ def run_validation(
     quiet: bool = False,
 ) -> Any:
     """Validates a bundle and records the figures in its manifest; gives the Report."""
-    from qwen2x.exporters.bundle import open_bundle
+    from qwen2x.exporters.bundle import changed_source_files, open_bundle
     from qwen2x.runtimes.generate import read_text_files
     from qwen2x.runtimes.runtime import open_runtime
     from qwen2x.runtimes.tolerance import tolerance_for
-    from qwen2x.runtimes.validate import validate
+    from qwen2x.runtimes.validate import Check, validate
 
     opened = open_bundle(folder)
     source = open_source(against, revision)
+    changed = changed_source_files(opened, source)
+    if changed:
+        log(
+            f"{against} is not the checkpoint that {folder} was made of "
+            f"({opened.manifest['source']['id']}): {', '.join(changed[:3])} differ"
+        )
     token_ids = read_text_files(source).tokenizer.encode(text)
     with (
         open_runtime(folder, device=device, threads=threads) as candidate,
@@ -100,7 +106,12 @@ def run_validation(
             on_step=lambda step: None if quiet else log(f"checking {step}"),
         )
     report.facts["scheme"] = opened.scheme
-    _record(opened, report)
+    report.checks.append(
+        Check(name="source_is_the_same", value=float(not changed), limit=1, is_floor=True)
+    )
+    # Figures against another checkpoint say nothing of the bundle, and do not replace its own.
+    if not changed:
+        _record(opened, report)
     return report
 
 
@@ -132,7 +143,9 @@ def print_report(bundle: Path, report: Any) -> None:
     )  # fmt: skip
     for check in report.checks:
         sign = ">=" if check.is_floor else "<="
-        click.echo(f"  {check.verdict}  {check.name}: {check.value:.4g} {sign} {check.limit:g}")
+        judge = f" (judge: {check.judge})" if check.judge else ""
+        line = f"{check.verdict}  {check.name}: {check.value:.4g} {sign} {check.limit:g}{judge}"
+        click.echo(f"  {line}")
 
 
 def _write_page(html: Path, bundle: Path, against: str, report: Any) -> None:

@@ -121,6 +121,16 @@ def open_bundle(folder: Path, *, verify: bool = False) -> Bundle:
     return bundle
 
 
+def changed_source_files(bundle: Bundle, source: Path) -> list[str]:
+    """Which of the files that a bundle was made of are missing or others in a folder."""
+    hashes: Mapping[str, str] = bundle.manifest["source"]["sha256"]
+    return [
+        name
+        for name, sha256 in hashes.items()
+        if not (source / name).is_file() or sha256_of(source / name) != sha256
+    ]
+
+
 def is_bundle(folder: Path) -> bool:
     """Whether a folder claims to be a bundle."""
     return (folder / MANIFEST).is_file()

@@ -26,7 +26,7 @@ from qwen2x.quantize.packing import pack_bytes
 Progress = Callable[[int, int], None]
 JOURNAL = "journal"
 CHUNK_ELEMENTS = 1 << 18
-_SYNC_BYTES = 1 << 28
+_SYNC_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,6 +158,8 @@ def _read_yarn(settings: Mapping[str, Any], theta: float, head_dim: int, positio
             "trained with; add it to the rope settings"
         )
     original = _positions(settings, "original_max_position_embeddings", positions)
+    if "factor" not in settings:
+        raise ConfigError('yarn needs a factor, got none; add "factor" to the rope settings')
     factor = _number(settings, "factor", positions / original)
     truncate = settings.get("truncate", True)
     if not isinstance(truncate, bool):

@@ -25,7 +25,7 @@ def stage_folder(out: Path, key: Mapping[str, Any], *, force: bool = False) -> I
 
     What an interrupted run with the same key left is handed out again, so that the caller can go
     on; anything else that was left is removed. An error removes the folder, Ctrl-C keeps it.
-    With ``force`` a bundle or a folder of plain files is replaced, but never a tree of folders.
+    With ``force`` a bundle is replaced, but never a folder that holds anything else.
 
     Raises:
         BundleError: ``out`` exists, another export is writing it, no permission, disk full.
@@ -108,9 +108,9 @@ def require_absent(out: Path, force: bool) -> None:
             raise BundleError(
                 f"{out} exists and is not empty; choose another folder or add --force"
             )
-        if not (out / MANIFEST).is_file() and any(path.is_dir() for path in out.iterdir()):
+        if not (out / MANIFEST).is_file() and any(out.iterdir()):
             raise BundleError(
-                f"{out} is no bundle and holds folders, which --force would delete; "
+                f"{out} is no bundle and holds files, which --force would delete; "
                 "choose another folder"
             )
 

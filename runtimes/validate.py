@@ -21,16 +21,22 @@ _CHUNK = 13
 # A greedy choice between two tokens whose logits are this close is a tie, which summing in another
 # order may break the other way.
 _TIE = 1e-3
+# Steps through the cache and the whole differ by the rounding of int8 activations.
+_TIE_QUANTIZED = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One figure against its limit. ``is_floor``: the value must reach the limit."""
+    """One figure against its limit. ``is_floor``: the value must reach the limit.
+
+    ``judge``: who was asked, where that depends on the tolerance.
+    """
 
     name: str
     value: float
     limit: float
     is_floor: bool = False
+    judge: str | None = None
 
     @property
     def verdict(self) -> str:
@@ -63,6 +69,7 @@ class Report:
                 "value": _number(check.value),
                 "limit": check.limit,
             }
+            | ({"judge": check.judge} if check.judge else {})
             for check in self.checks
         ]
         figures = asdict(self.difference)
@@ -197,7 +204,7 @@ def _long_positions(
     Rotary attention sees differences of positions, so only the jump shows whether the far ones are
     right.
     """
-    start = candidate.max_context - len(probe)
+    start = min(candidate.max_context, reference.max_context) - len(probe)
     ids = np.array([probe], np.int64)
     half = len(probe) // 2
     positions = [*range(half), *range(start + half, start + len(probe))]
@@ -231,6 +238,12 @@ def _greedy_text_equal(
     rows = _whole(judge, [*probe, *made])[len(probe) - 1 : -1, :known]
     best = rows.max(axis=1)
     chosen = rows[np.arange(len(made)), made]
-    tie = _TIE if judge is reference else 0.5
+    tie = _TIE if judge is reference else _TIE_QUANTIZED
     share = float((chosen >= best - tie).mean())
-    return Check(name="greedy_text_equal", value=share, limit=1.0, is_floor=True)
+    return Check(
+        name="greedy_text_equal",
+        value=share,
+        limit=1.0,
+        is_floor=True,
+        judge=tolerance.greedy_against,
+    )

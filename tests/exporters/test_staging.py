@@ -321,7 +321,7 @@ def test_force_replaces_a_bundle_and_leaves_nothing_of_it(source: Path, out: Pat
 def test_force_never_deletes_a_tree_of_folders(source: Path, out: Path) -> None:
     (out / "thesis").mkdir(parents=True)
     (out / "thesis" / "chapter.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(BundleError, match="holds folders, which --force would delete; choose"):
+    with pytest.raises(BundleError, match="which --force would delete; choose"):
         export(source, out=out, force=True)
     assert (out / "thesis" / "chapter.txt").read_text("utf-8") == "years of work"
 
@@ -336,7 +336,7 @@ def test_force_never_deletes_the_source(where: str, source: Path) -> None:
         for path in source.iterdir():
             (reads / path.name).symlink_to(path)
     target = source.parent if where == "parent" else source
-    with pytest.raises(BundleError, match=r"holds (the checkpoint|folders)"):
+    with pytest.raises(BundleError, match="which --force would delete"):
         export(reads, out=target, force=True)
     assert listing(source) == before
 
