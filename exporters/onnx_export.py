@@ -155,9 +155,9 @@ def _require_source_outside(checkpoint: Checkpoint, out: Path) -> None:
 def _sensitive_scheme(scheme: Scheme | None, columns: int) -> Scheme | None:
     """8 bits for what loses most by rounding: q, k, v, embedding and head.
 
-    With 4 bits there, the 0.5B checkpoint's divergence from PyTorch is nearly twice as large, for a
-    sixth fewer bytes. Groups of 128 where they fit: at 8 bits smaller ones gain nothing, and the head is
-    read whole for every token.
+    With 4 bits there, the 0.5B checkpoint's divergence from PyTorch is nearly twice as large, for
+    a sixth fewer bytes. Groups of 128 where they fit: at 8 bits smaller ones gain nothing, and the
+    head is read whole for every token.
     """
     if scheme is None or scheme.bits == 8:
         return scheme
