@@ -341,6 +341,16 @@ def test_force_never_deletes_the_source(where: str, source: Path) -> None:
     assert listing(source) == before
 
 
+def test_force_never_deletes_a_source_that_lies_in_the_old_bundle(source: Path, out: Path) -> None:
+    export(source, out=out)
+    inside = out / "checkpoint"
+    source.rename(inside)
+    before = listing(inside)
+    with pytest.raises(BundleError, match=r"holds the checkpoint itself .*; choose another folder"):
+        export(inside, out=out, force=True)
+    assert listing(inside) == before
+
+
 def test_a_failed_replacement_gives_the_old_bundle_back(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
