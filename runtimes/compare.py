@@ -76,12 +76,15 @@ def compare(
 @np.errstate(invalid="ignore", over="ignore")
 def kl_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64]:
     """Nats per row, float64 [rows], of logits [rows, vocab]."""
-    parts = [_kl(one, other) for one, other in _row_blocks(reference, candidate)]
+    parts = [
+        _kl(_log_softmax(one), _log_softmax(other))
+        for one, other in _row_blocks(reference, candidate)
+    ]
     return np.concatenate(parts)
 
 
-def _kl(reference: Logits, candidate: Logits) -> NDArray[np.float64]:
-    p, q = _log_softmax(reference), _log_softmax(candidate)
+def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Nats per row of log-probabilities [rows, vocab]."""
     divergence: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=-1)
     return divergence
 
@@ -123,7 +126,7 @@ class _Gathered:
         self.top1 += int((reference.argmax(-1) == candidate.argmax(-1)).sum())
         self.top10 += _shared_top(reference, candidate)
         p, q = _log_softmax(reference), _log_softmax(candidate)
-        self.kl.append((np.exp(p) * (p - q)).sum(axis=-1))
+        self.kl.append(_kl(p, q))
         picked = np.arange(len(following)), following
         self.reference_losses.extend((-p[picked]).tolist())
         self.losses.extend((-q[picked]).tolist())
