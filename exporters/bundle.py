@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen2x.exporters.config import Qwen2Config, parse_config
 from qwen2x.quantize.errors import BundleError
 
 MANIFEST = "qwen2x.json"
@@ -20,7 +21,7 @@ _NEEDED = {"onnx": ("model.onnx", "model.onnx_data"), "mlx": ("config.json",)}
 _SMALL = 32 << 20
 _BLOCK = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-_LAYOUTS = ("shared", "concatenated")
+_LAYOUTS = ("shared", "concatenated", "stepped")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -55,6 +56,20 @@ class Bundle:
     def bits_per_weight(self) -> float:
         """Stored bits of all matrices over their parameters."""
         return float(self.manifest["bits_per_weight"])
+
+    @property
+    def model_config(self) -> Qwen2Config:
+        """The model's numbers, as its checkpoint's ``config.json`` had them."""
+        return parse_config(self.manifest["config"], {"eos_token_id": list(self.eos_token_ids)})
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """An MLX folder's settings: group_size, bits, mode, and per module path the same or false.
+
+        None where the weights are floats.
+        """
+        settings: Mapping[str, Any] | None = self.manifest.get("quantization")
+        return settings
 
     @property
     def vocab_size(self) -> int:
