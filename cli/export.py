@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -13,6 +13,10 @@ from qwen2x.cli.machine import peak_memory_bytes
 from qwen2x.cli.options import json_option, quantize_options
 from qwen2x.cli.output import byte_progress, log, print_json, print_table, size_text
 
+if TYPE_CHECKING:
+    from qwen2x.exporters.exporter import Export
+    from qwen2x.exporters.options import Options
+
 
 @click.command(
     "export",
@@ -20,8 +24,8 @@ from qwen2x.cli.output import byte_progress, log, print_json, print_table, size_
 )
 @click.argument("source")
 @click.option(
-    "--to", "target", type=click.Choice(["onnx"]), default="onnx", show_default=True,
-    help="What to write.",
+    "--to", "target", type=click.Choice(["onnx", "mlx"]), default="onnx", show_default=True,
+    help="What to write: a graph for ONNX Runtime, or a folder for MLX and mlx-lm.",
 )  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder. Needed.")
 @quantize_options
@@ -30,8 +34,8 @@ from qwen2x.cli.output import byte_progress, log, print_json, print_table, size_
     help="How to quantize. rtn: round to scales of least squared error, no calibration.",
 )  # fmt: skip
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-    help="What the graph is built for.",
+    "--device", type=click.Choice(["cpu", "cuda"]),
+    help="What an ONNX graph is built for. Default: cpu. An MLX folder is for every device.",
 )  # fmt: skip
 @click.option("--max-context", type=int, help="Positions to prepare for. Default: all it can.")
 @click.option("--revision", help="Branch, tag or commit, when SOURCE is a hub id. Default: main.")
@@ -40,7 +44,6 @@ from qwen2x.cli.output import byte_progress, log, print_json, print_table, size_
 @json_option
 def command(
     source: str,
-    target: str,
     out: Path | None,
     bits: str | None,
     group_size: str,
@@ -55,7 +58,7 @@ def command(
     Weights are read, quantized and written row by row, so memory does not grow with the model. An
     export that was killed goes on where it stopped when the same command is run again.
     """
-    from qwen2x.exporters.onnx_export import Options
+    from qwen2x.exporters.options import Options
 
     _refuse_without_bits(bits)
     chosen = Options(bits=int(bits) if bits else None, group_size=int(group_size), **options)
@@ -71,34 +74,49 @@ def command(
     started = time.monotonic()
     with byte_progress(f"exporting {source}", quiet=as_json) as progress:
         done = export(
-            source, target, out=out, revision=revision, force=force, progress=progress,
-            **vars(chosen),
-        )  # fmt: skip
-    manifest = done.manifest
-    if options["dtype"] == "bfloat16" and manifest["dtype"] == "float32":
+            source, out=out, revision=revision, force=force, progress=progress, **vars(chosen)
+        )
+    _warn(chosen, done.manifest)
+    result = _result(done, time.monotonic() - started)
+    if as_json:
+        print_json(result)
+    else:
+        _print(source, done, result)
+
+
+def _warn(chosen: Options, manifest: dict[str, Any]) -> None:
+    """What came out other than some would expect."""
+    if chosen.dtype == "bfloat16" and manifest["dtype"] == "float32":
         log("on the CPU a bfloat16 export computes in float32; --device cuda keeps bfloat16")
     if "tokenizer.json" not in manifest["files"]:
         log("the checkpoint has no tokenizer.json: run, chat and validate will need one")
+
+
+def _result(done: Export, seconds: float) -> dict[str, Any]:
+    """The object that ``export --json`` prints."""
+    manifest = done.manifest
     files = [{"name": name, **facts} for name, facts in manifest["files"].items()]
-    result = {
+    return {
         "bundle": str(done.bundle),
         "files": files,
         "bytes": sum(file["bytes"] for file in files),
         "bits_per_weight": manifest["bits_per_weight"],
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "scheme": manifest["scheme"],
+        "target": manifest["target"],
+        "dtype": manifest["dtype"],
     }
-    if as_json:
-        print_json(result)
-        return
-    click.echo(f"{done.bundle}: {manifest['scheme']} for {manifest['device']}")
+
+
+def _print(source: str, done: Export, result: dict[str, Any]) -> None:
+    manifest = done.manifest
+    place = "" if manifest["device"] == "any" else f" for {manifest['device']}"
+    click.echo(f"{done.bundle}: {manifest['target']} {manifest['scheme']}{place}")
+    size, bits = size_text(result["bytes"]), result["bits_per_weight"]
     print_table(
         [
-            (
-                "size",
-                f"{size_text(result['bytes'])}, {result['bits_per_weight']:.2f} bits per weight",
-            ),
+            ("size", f"{size}, {bits:.2f} bits per weight"),
             ("time", f"{result['seconds']:.1f} s"),
             ("peak memory", size_text(result["peak_memory_bytes"])),
             ("check it", f"qwen2x validate {done.bundle} --against {source}"),
@@ -119,34 +137,36 @@ def _refuse_without_bits(bits: str | None) -> None:
         raise click.UsageError(f"{' and '.join(given)} needs --bits 4 or --bits 8", context)
 
 
-def _dry_run(source: str, options: Any, revision: str | None, as_json: bool) -> None:
+def _dry_run(source: str, options: Options, revision: str | None, as_json: bool) -> None:
+    from qwen2x.exporters.bundle_writer import estimate_peak_memory, planned_files, scheme_name
     from qwen2x.exporters.config import read_config
+    from qwen2x.exporters.exporter import plan_export
     from qwen2x.exporters.hub import resolve_source
-    from qwen2x.exporters.onnx_export import plan_export
+    from qwen2x.exporters.weights import bits_per_weight
 
     folder = resolve_source(source, revision=revision, weights=False)
     plan = plan_export(read_config(folder), options)
-    files = [
-        {"name": "model.onnx", "bytes": plan.model.ByteSize()},
-        {"name": "model.onnx_data", "bytes": plan.layout.end},
-    ]
-    result = {
-        "dry_run": True,
-        "files": files,
-        "bytes": plan.bytes,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "scheme": plan.scheme_name,
-        "peak_memory_bytes": plan.peak_memory_bytes,
-        "max_context": plan.recipe.max_context,
-    }
+    files = planned_files(plan)
+    bits, scheme = bits_per_weight(plan.weights), scheme_name(options)
+    context, peak = options.context_of(plan.config), estimate_peak_memory(plan)
     if as_json:
-        print_json(result)
+        print_json(
+            {
+                "dry_run": True,
+                "files": [{"name": name, "bytes": size} for name, size in files.items()],
+                "bytes": sum(files.values()),
+                "bits_per_weight": round(bits, 4),
+                "scheme": scheme,
+                "peak_memory_bytes": peak,
+                "max_context": context,
+            }
+        )
         return
     print_table(
-        [(str(file["name"]), size_text(file["bytes"])) for file in files]
+        [(name, size_text(size)) for name, size in files.items()]
         + [
-            ("bits per weight", f"{plan.bits_per_weight:.2f} ({plan.scheme_name})"),
-            ("peak memory", f"at most {size_text(plan.peak_memory_bytes)}"),
-            ("context", f"{plan.recipe.max_context} positions"),
+            ("bits per weight", f"{bits:.2f} ({scheme})"),
+            ("peak memory", f"at most {size_text(peak)}"),
+            ("context", f"{context} positions"),
         ]
     )

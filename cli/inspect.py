@@ -42,7 +42,7 @@ def command(path: str, revision: str | None, verify: bool, as_json: bool) -> Non
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """The object that ``inspect --json`` prints for a checkpoint."""
     from qwen2x.exporters.checkpoint import open_checkpoint
-    from qwen2x.exporters.onnx_export import kind_of
+    from qwen2x.exporters.weights import kind_of
     from qwen2x.runtimes.chat import read_chat_template
 
     with open_checkpoint(folder) as checkpoint:

@@ -210,7 +210,7 @@ def _bundle_of(
     dtype: str | None,
 ) -> Path:
     from qwen2x.exporters.bundle_cache import cached_bundle
-    from qwen2x.exporters.onnx_export import Options
+    from qwen2x.exporters.options import Options
 
     if device == "auto":
         device = "cuda" if "cuda" in _usable_devices() else "cpu"

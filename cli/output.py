@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from qwen2x.exporters.onnx_writer import Progress
+    from qwen2x.exporters.weight_writer import Progress
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -15,10 +15,10 @@ from qwen2x.exporters.bundle import open_bundle, sha256_of
 from qwen2x.exporters.checkpoint import find_shards
 from qwen2x.exporters.exporter import export
 from qwen2x.exporters.hub import resolve_source, source_id
-from qwen2x.exporters.onnx_export import Options, options_key
-from qwen2x.exporters.onnx_writer import Progress
+from qwen2x.exporters.options import Options
 from qwen2x.exporters.staging import turn_os_errors
 from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES
+from qwen2x.exporters.weight_writer import Progress
 from qwen2x.quantize.errors import BundleError
 
 _HASHES = "hashes.json"
@@ -45,7 +45,7 @@ def cached_bundle(
         InputError: as ``export`` does.
     """
     folder = resolve_source(source, revision=revision)
-    key = f"{_source_hash(folder)[:16]}-{options_key(options)}"
+    key = f"{_source_hash(folder)[:16]}-{options.key}"
     out = cache_folder() / "bundles" / f"{source_id(source).replace('/', '--')}-{key}"
     once = cache_folder() / f".{out.name}.lock"
     with turn_os_errors(once):

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen2x.exporters.bundle_writer import Plan, write_bundle
+from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.hub import resolve_source, source_id
-from qwen2x.exporters.onnx_export import Options, export_onnx
-from qwen2x.exporters.onnx_writer import Progress
+from qwen2x.exporters.options import Options
 from qwen2x.exporters.staging import require_absent
-from qwen2x.quantize.errors import BackendError
+from qwen2x.exporters.weight_writer import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,28 +37,44 @@ def export(
 
     Args:
         source: a Hugging Face folder or a hub id.
-        target: ``onnx``.
+        target: ``onnx`` or ``mlx``.
         out: the bundle's folder; it appears when all of it is on disk.
         revision: branch, tag or commit of a hub id.
         force: replace an existing folder.
         progress: called with bytes written and bytes in all.
         source_name: what the manifest calls the source, if not its id or folder name.
-        **options: the fields of ``Options``: bits, group_size, method, dtype, device, max_context.
+        **options: the other fields of ``Options``: bits, group_size, method, dtype, device,
+            max_context.
 
     Raises:
         InputError: a source, option or folder that does not fit; nothing is left behind.
     """
-    if target != "onnx":
-        raise BackendError(f"target must be 'onnx', got {target!r}")
+    chosen = Options(target=target, **options)
     # Before anything is fetched, since that may take hours.
     require_absent(Path(out).absolute(), force)
     folder = resolve_source(source, revision=revision)
-    manifest = export_onnx(
+    manifest = write_bundle(
         folder,
         Path(out),
-        Options(**options),
+        lambda checkpoint: plan_export(checkpoint.config, chosen),
+        chosen,
         source_id=source_name or source_id(source),
         force=force,
         progress=progress or (lambda done, total: None),
     )
     return Export(bundle=Path(out), manifest=manifest)
+
+
+def plan_export(config: Qwen2Config, options: Options) -> Plan:
+    """What an export will write, without reading a weight.
+
+    Raises:
+        SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
+    """
+    if options.target == "mlx":
+        from qwen2x.exporters.mlx_export import plan_mlx
+
+        return plan_mlx(config, options)
+    from qwen2x.exporters.onnx_export import plan_onnx
+
+    return plan_onnx(config, options)

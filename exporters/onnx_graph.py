@@ -25,7 +25,8 @@ from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_attention import AttentionBuilder, B, S, T
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
 from qwen2x.exporters.onnx_target import Target
-from qwen2x.exporters.onnx_weights import Weight, WeightLayout
+from qwen2x.exporters.onnx_weights import WeightLayout
+from qwen2x.exporters.weights import Weight
 from qwen2x.quantize.scheme import Scheme
 
 KEPT = "kept"

@@ -16,8 +16,8 @@ _PRELUDE = """
 import faulthandler, json, os, signal, sys
 faulthandler.dump_traceback_later(GUARD_SECONDS, exit=True)
 from pathlib import Path
-import qwen2x.exporters.onnx_export as onnx_export
-import qwen2x.exporters.onnx_writer as onnx_writer
+import qwen2x.exporters.bundle_writer as bundle_writer
+import qwen2x.exporters.weight_writer as weight_writer
 from qwen2x.exporters.exporter import export
 from qwen2x.quantize.errors import InputError
 

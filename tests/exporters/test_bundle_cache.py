@@ -9,7 +9,7 @@ import pytest
 
 from qwen2x.exporters.bundle import open_bundle
 from qwen2x.exporters.bundle_cache import cache_folder, cached_bundle
-from qwen2x.exporters.onnx_export import Options
+from qwen2x.exporters.options import Options
 from qwen2x.quantize.errors import InputError
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

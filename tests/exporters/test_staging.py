@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2x.exporters import onnx_writer, staging
+from qwen2x.exporters import staging, weight_writer
 from qwen2x.exporters.bundle import open_bundle
 from qwen2x.exporters.checkpoint import Checkpoint
 from qwen2x.exporters.exporter import export
@@ -30,55 +30,56 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 KILLED = -signal.SIGKILL
 # Small chunks and a sync after every weight, so that a tiny export has a middle.
 SMALL_STEPS = """
-onnx_writer.CHUNK_ELEMENTS = 4096
-onnx_writer._SYNC_BYTES = 1
+weight_writer.CHUNK_ELEMENTS = 4096
+weight_writer._SYNC_BYTES = 1
 """
 DIES = {
     "in the middle of the weights": """
 run(progress=lambda done, total: die() if done > total / 2 else None)
 """,
     "in the middle of writing a chunk": """
-write = onnx_writer._DataFile.write
+write = weight_writer._DataFiles.write
 calls = []
 def write_half(self, region, row, values):
     calls.append(1)
     if len(calls) == 250:
-        self._file.seek(region.offset + row * region.row_bytes)
-        self._file.write(values.tobytes()[: values.nbytes // 2])
-        self._file.flush()
+        file = self._opened[region.file]
+        file.seek(region.offset + row * region.row_bytes)
+        file.write(values.tobytes()[: values.nbytes // 2])
+        file.flush()
         die()
     write(self, region, row, values)
-onnx_writer._DataFile.write = write_half
+weight_writer._DataFiles.write = write_half
 run()
 """,
     "while the journal grows": """
-sync = onnx_writer._DataFile.sync
+sync = weight_writer._DataFiles.sync
 def sync_and_die(self):
     sync(self)
     if len(self.finished()) == 10:
         self._journal.write("model.layers.1.mlp.gate_up_")
         self._journal.flush()
         die()
-onnx_writer._DataFile.sync = sync_and_die
+weight_writer._DataFiles.sync = sync_and_die
 run()
 """,
     "while the tokenizer is copied": """
 def copy(one, two):
     Path(two).write_bytes(b"half")
     die()
-onnx_export.shutil.copyfile = copy
+bundle_writer.shutil.copyfile = copy
 run()
 """,
     "while the manifest is written": """
 def write(folder, manifest):
     (folder / ".qwen2x.json.new").write_text("{")
     die()
-onnx_export.write_manifest = write
+bundle_writer.write_manifest = write
 run()
 """,
     "just before the journal goes": """
-write = onnx_export.write_manifest
-onnx_export.write_manifest = lambda folder, manifest: (write(folder, manifest), die())
+write = bundle_writer.write_manifest
+bundle_writer.write_manifest = lambda folder, manifest: (write(folder, manifest), die())
 run()
 """,
     "just before the folder gets its name": """
@@ -204,7 +205,7 @@ def test_a_damaged_partial_folder_does_no_harm(
 ) -> None:
     partial = leave_partial(source, out, bits=4)
     if damage == "journal gone":
-        (partial / onnx_writer.JOURNAL).unlink()
+        (partial / weight_writer.JOURNAL).unlink()
     elif damage == "data cut":
         os.truncate(partial / "model.onnx_data", 1000)
     elif damage == "key damaged":
@@ -231,7 +232,7 @@ def test_ctrl_c_leaves_no_bundle_and_the_next_export_goes_on(
         if done > total / 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx_writer, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(weight_writer, "_SYNC_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
         export(source, out=out, bits=4, progress=stop)
     assert not out.exists()
@@ -465,7 +466,7 @@ def test_a_refused_write_leaves_nothing_behind(
     call: int, code: int, words: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    write = onnx_writer._DataFile.write
+    write = weight_writer._DataFiles.write
 
     def refuse(self: Any, region: Any, row: int, values: np.ndarray) -> None:
         nonlocal calls
@@ -474,7 +475,7 @@ def test_a_refused_write_leaves_nothing_behind(
             raise OSError(code, os.strerror(code))
         write(self, region, row, values)
 
-    monkeypatch.setattr(onnx_writer._DataFile, "write", refuse)
+    monkeypatch.setattr(weight_writer._DataFiles, "write", refuse)
     assert words in refused_export(source, tmp_path / "new" / "bundle")
 
 
@@ -484,7 +485,7 @@ def test_an_error_that_is_our_fault_keeps_its_own_type_and_leaves_nothing(
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr(onnx_writer._DataFile, "write", fail)
+    monkeypatch.setattr(weight_writer._DataFiles, "write", fail)
     with pytest.raises(OSError, match="input/output error") as caught:
         export(source, out=out)
     assert not isinstance(caught.value, BundleError)

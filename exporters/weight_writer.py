@@ -1,4 +1,4 @@
-"""Streams weights into ``model.onnx_data``: read, convert or quantize, write, chunk by chunk.
+"""Streams weights into a bundle's data files: read, convert or quantize, write, chunk by chunk.
 
 No more than one chunk per worker lives in memory. A journal names the weights whose bytes are on
 disk, so that a killed export goes on where it stopped.
@@ -7,20 +7,20 @@ disk, so that a killed export goes on where it stopped.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
 from qwen2x.exporters.checkpoint import Checkpoint
-from qwen2x.exporters.onnx_target import NUMPY_TYPES
-from qwen2x.exporters.onnx_weights import Region, Weight, WeightLayout
+from qwen2x.exporters.weights import DataFile, Region, Weight
 from qwen2x.quantize.errors import CheckpointError
-from qwen2x.quantize.groups import quantize
+from qwen2x.quantize.groups import QuantizedMatrix, quantize
 from qwen2x.quantize.packing import pack_bytes
 
 Progress = Callable[[int, int], None]
@@ -41,35 +41,40 @@ class _Chunk:
 
 
 def write_weights(
-    checkpoint: Checkpoint, layout: WeightLayout, path: Path, progress: Progress
+    checkpoint: Checkpoint,
+    weights: Sequence[Weight],
+    files: Sequence[DataFile],
+    folder: Path,
+    progress: Progress,
 ) -> None:
-    """Writes (or completes) the data file and brings it to disk.
+    """Writes (or completes) the data files and brings them to disk.
 
     Args:
         checkpoint: where the floats come from.
-        layout: where each weight goes.
-        path: the data file; its journal lies beside it.
+        weights: what to write, and where each of them goes.
+        files: the data files.
+        folder: where they lie, and their journal beside them.
         progress: called with bytes written so far and bytes in all.
 
     Raises:
         CheckpointError: NaN or infinity among the weights, or beyond the target's float type.
         OSError: the disk is full, or the like.
     """
-    total = sum(weight.bytes for weight in layout.weights)
-    with _DataFile(path, layout.end) as file:
-        done = file.finished()
-        written = sum(weight.bytes for weight in layout.weights if weight.name in done)
+    total = sum(weight.bytes for weight in weights)
+    with _DataFiles(folder, files) as opened:
+        done = opened.finished()
+        written = sum(weight.bytes for weight in weights if weight.name in done)
         progress(written, total)
-        todo = [weight for weight in layout.weights if weight.name not in done]
-        for weight in _in_parallel(checkpoint, todo, file):
-            file.finish(weight)
+        todo = [weight for weight in weights if weight.name not in done]
+        for weight in _in_parallel(checkpoint, todo, opened):
+            opened.finish(weight)
             written += weight.bytes
             progress(written, total)
-        file.sync()
+        opened.sync()
 
 
 def _in_parallel(
-    checkpoint: Checkpoint, weights: list[Weight], file: _DataFile
+    checkpoint: Checkpoint, weights: list[Weight], files: _DataFiles
 ) -> Iterator[Weight]:
     """Yields each weight when its last chunk is written."""
     workers = min(4, os.cpu_count() or 1)
@@ -78,7 +83,7 @@ def _in_parallel(
     with ThreadPoolExecutor(workers) as pool:
         try:
             for chunk in (chunk for weight in weights for chunk in _chunks(weight)):
-                pending[pool.submit(_convert, checkpoint, chunk, file)] = chunk.weight
+                pending[pool.submit(_convert, checkpoint, chunk, files)] = chunk.weight
                 if len(pending) >= 2 * workers:
                     yield from _collect(pending, left)
             while pending:
@@ -106,28 +111,37 @@ def _chunks(weight: Weight) -> Iterator[_Chunk]:
         row += rows
 
 
-def _convert(checkpoint: Checkpoint, chunk: _Chunk, file: _DataFile) -> None:
+def _convert(checkpoint: Checkpoint, chunk: _Chunk, files: _DataFiles) -> None:
     weight = chunk.weight
     values = checkpoint.rows(chunk.source, chunk.start, chunk.stop)
-    if weight.scheme is not None and weight.scales is not None:
-        matrix = quantize(values, weight.scheme)
-        codes = pack_bytes(matrix.codes, weight.scheme.bits)
-        file.write(weight.values, chunk.row, codes)
-        with np.errstate(over="ignore"):
-            scales = matrix.scales.astype(NUMPY_TYPES[weight.scales.element_type])
-        # Below float16's normal numbers a scale loses bits, which its codes were not chosen for.
-        if not np.array_equal(scales.astype(np.float32), matrix.scales):
-            _require_close(scales, matrix.scales, chunk.source)
-        file.write(weight.scales, chunk.row, scales)
+    if weight.scheme is not None:
+        _write_quantized(chunk, quantize(values, weight.scheme), files)
         return
     with np.errstate(over="ignore"):
-        stored = values.astype(NUMPY_TYPES[weight.values.element_type])
+        stored = values.astype(weight.values.dtype)
     if stored.dtype == np.float16 and not np.isfinite(stored).all():
         raise CheckpointError(
             f"{chunk.source} holds values beyond float16 (largest {np.abs(values).max():.4g}); "
             "choose --dtype bfloat16 or float32"
         )
-    file.write(weight.values, chunk.row, stored)
+    files.write(weight.values, chunk.row, stored)
+
+
+def _write_quantized(chunk: _Chunk, matrix: QuantizedMatrix, files: _DataFiles) -> None:
+    weight = chunk.weight
+    assert weight.scales is not None
+    files.write(weight.values, chunk.row, pack_bytes(matrix.codes, matrix.scheme.bits))
+    with np.errstate(over="ignore"):
+        scales = matrix.scales.astype(weight.scales.dtype)
+    # Below float16's normal numbers a scale loses bits, which its codes were not chosen for.
+    if not np.array_equal(scales.astype(np.float32), matrix.scales):
+        _require_close(scales, matrix.scales, chunk.source)
+    files.write(weight.scales, chunk.row, scales)
+    if weight.biases is not None:
+        # Of the stored scale, so that both say the same; the zero point is a power of two, which
+        # changes the exponent alone.
+        biases = scales * scales.dtype.type(-matrix.scheme.zero_point)
+        files.write(weight.biases, chunk.row, biases)
 
 
 def _require_close(stored: np.ndarray, scales: np.ndarray, source: str) -> None:
@@ -142,21 +156,25 @@ def _require_close(stored: np.ndarray, scales: np.ndarray, source: str) -> None:
     )
 
 
-class _DataFile:
-    """The data file at its full size, with the journal of finished weights beside it."""
+class _DataFiles:
+    """The data files at their full size, with the journal of finished weights beside them."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        self._path = path
-        self._size = size
+    def __init__(self, folder: Path, files: Sequence[DataFile]) -> None:
+        self._folder = folder
+        self._files = files
         self._lock = Lock()
         self._unsynced: list[Weight] = []
 
-    def __enter__(self) -> _DataFile:
-        fresh = not self._path.exists() or self._path.stat().st_size != self._size
-        if fresh:
+    def __enter__(self) -> _DataFiles:
+        is_going_on = all(_has_size(self._folder / file.name, file.size) for file in self._files)
+        if not is_going_on:
             self._journal_path.unlink(missing_ok=True)
-        self._file = self._path.open("w+b" if fresh else "r+b")
-        self._file.truncate(self._size)
+        self._opened: dict[str, BinaryIO] = {}
+        for file in self._files:
+            opened = (self._folder / file.name).open("r+b" if is_going_on else "w+b")
+            self._opened[file.name] = opened
+            opened.truncate(file.size)
+            opened.write(file.head)
         self._journal = self._journal_path.open("a", encoding="utf-8")
         return self
 
@@ -167,11 +185,12 @@ class _DataFile:
         trace: TracebackType | None,
     ) -> None:
         self._journal.close()
-        self._file.close()
+        for file in self._opened.values():
+            file.close()
 
     @property
     def _journal_path(self) -> Path:
-        return self._path.with_name(JOURNAL)
+        return self._folder / JOURNAL
 
     def finished(self) -> set[str]:
         """Names of the weights that an earlier run brought to disk; a cut last line is no name."""
@@ -181,9 +200,10 @@ class _DataFile:
     def write(self, region: Region, row: int, values: np.ndarray) -> None:
         """Writes rows of a region, from ``row`` on."""
         data = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+        file = self._opened[region.file]
         with self._lock:
-            self._file.seek(region.offset + row * region.row_bytes)
-            self._file.write(data.data)
+            file.seek(region.offset + row * region.row_bytes)
+            file.write(data.data)
 
     def finish(self, weight: Weight) -> None:
         """Notes a weight as written; it enters the journal with the next sync."""
@@ -194,9 +214,14 @@ class _DataFile:
     def sync(self) -> None:
         """Brings the bytes to disk, then says so in the journal."""
         with self._lock:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            for file in self._opened.values():
+                file.flush()
+                os.fsync(file.fileno())
         self._journal.writelines(f"{weight.name}\n" for weight in self._unsynced)
         self._journal.flush()
         os.fsync(self._journal.fileno())
         self._unsynced.clear()
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size

@@ -11,7 +11,7 @@ import torch
 from onnx.external_data_helper import load_external_data_for_model
 from safetensors.torch import load_file
 
-from qwen2x.exporters import onnx_writer
+from qwen2x.exporters import weight_writer
 from qwen2x.exporters.exporter import export
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -33,7 +33,7 @@ def test_the_size_of_chunks_does_not_change_a_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = export(source, out=tmp_path / "whole", **options).manifest["files"]
-    monkeypatch.setattr(onnx_writer, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(weight_writer, "CHUNK_ELEMENTS", elements)
     assert export(source, out=tmp_path / "chunked", **options).manifest["files"] == expected
 
 
@@ -42,8 +42,8 @@ def test_the_number_of_cores_does_not_change_a_byte(
     cores: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = export(source, out=tmp_path / "a", bits=4).manifest["files"]
-    monkeypatch.setattr(onnx_writer, "CHUNK_ELEMENTS", ELEMENTS)
-    monkeypatch.setattr(onnx_writer.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(weight_writer, "CHUNK_ELEMENTS", ELEMENTS)
+    monkeypatch.setattr(weight_writer.os, "cpu_count", lambda: cores)
     assert export(source, out=tmp_path / "b", bits=4).manifest["files"] == expected
 
 
@@ -88,7 +88,7 @@ def test_bfloat16_weights_stay_as_they_are_in_a_bfloat16_bundle(tmp_path: Path) 
 def test_progress_begins_at_nothing_grows_and_ends_at_all(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_writer, "CHUNK_ELEMENTS", ELEMENTS)
+    monkeypatch.setattr(weight_writer, "CHUNK_ELEMENTS", ELEMENTS)
     calls: list[tuple[int, int]] = []
     made = export(
         source,

@@ -1,0 +1,214 @@
+"""From a checkpoint folder and a plan to a bundle on disk: the steps that all targets share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qwen2x.exporters.bundle import FORMAT_VERSION, describe_files, sha256_of, write_manifest
+from qwen2x.exporters.checkpoint import Checkpoint, open_checkpoint
+from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.options import Options, version
+from qwen2x.exporters.staging import KEY_FILE, require_space, stage_folder
+from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES, require_tokenizer_fits
+from qwen2x.exporters.weight_writer import CHUNK_ELEMENTS, JOURNAL, Progress, write_weights
+from qwen2x.exporters.weights import DataFile, Weight, bits_per_weight, by_kind
+from qwen2x.quantize.errors import BundleError
+
+# What Python, NumPy and onnx occupy, and what one worker's chunk needs in all its forms.
+_BASE_MEMORY = 130 << 20
+_WORKERS, _BYTES_PER_CHUNK_ELEMENT = 4, 20
+
+
+class Plan(Protocol):
+    """What an export to one target will write; made without reading a weight."""
+
+    @property
+    def config(self) -> Qwen2Config:
+        """The model."""
+        ...
+
+    @property
+    def options(self) -> Options:
+        """What was chosen."""
+        ...
+
+    @property
+    def weights(self) -> Sequence[Weight]:
+        """Every weight, with its place in the data files."""
+        ...
+
+    @property
+    def data_files(self) -> Sequence[DataFile]:
+        """The files that hold the weights."""
+        ...
+
+    @property
+    def structure_files(self) -> Mapping[str, int]:
+        """Bytes of the larger files beside them: a graph, or an index."""
+        ...
+
+    def write_structure(self, staging: Path) -> None:
+        """Writes what describes the model to those who load the bundle."""
+        ...
+
+    def manifest(self) -> dict[str, Any]:
+        """The target's own part of the manifest."""
+        ...
+
+
+def scheme_name(options: Options) -> str:
+    """For example ``int4-g32``, or ``float``."""
+    return options.scheme.name if options.scheme else "float"
+
+
+def planned_files(plan: Plan) -> dict[str, int]:
+    """Bytes of weights and of what describes them, by file name."""
+    return {**plan.structure_files, **{file.name: file.size for file in plan.data_files}}
+
+
+def estimate_peak_memory(plan: Plan) -> int:
+    """An estimate. Of the model's size, only a row of its widest matrix matters."""
+    chunk = max(CHUNK_ELEMENTS, *(weight.columns for weight in plan.weights))
+    return _BASE_MEMORY + 2 * _WORKERS * chunk * _BYTES_PER_CHUNK_ELEMENT
+
+
+def write_bundle(
+    folder: Path,
+    out: Path,
+    make_plan: Callable[[Checkpoint], Plan],
+    options: Options,
+    *,
+    source_id: str,
+    force: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes the bundle and gives its manifest.
+
+    Raises:
+        InputError: everything that is the user's to mend; nothing is left behind then.
+    """
+    started = time.monotonic()
+    with open_checkpoint(folder) as checkpoint:
+        plan = make_plan(checkpoint)
+        require_tokenizer_fits(folder, checkpoint.config.vocab_size)
+        _require_source_outside(checkpoint, out)
+        require_space(out, sum(planned_files(plan).values()))
+        key = {"options": asdict(options), "source": _identity(checkpoint), "version": version()}
+        with stage_folder(out, key, force=force) as staging, _source_hashes(checkpoint) as hashes:
+            _keep_only_weights(staging, plan.data_files)
+            write_weights(checkpoint, plan.weights, plan.data_files, staging, progress)
+            _copy_companions(folder, staging)
+            plan.write_structure(staging)
+            sha256 = {name: future.result() for name, future in hashes.items()}
+            manifest = _manifest(plan, {"id": source_id, "sha256": sha256})
+            manifest["files"] = describe_files(staging, without=(KEY_FILE, JOURNAL))
+            manifest["seconds"] = round(time.monotonic() - started, 3)
+            write_manifest(staging, manifest)
+            (staging / JOURNAL).unlink()
+    return manifest
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented, as people read it."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _require_source_outside(checkpoint: Checkpoint, out: Path) -> None:
+    """Raises BundleError where the bundle would take the place of the checkpoint's own files."""
+    target = Path(os.path.realpath(out))
+    files = [checkpoint.folder, *(checkpoint.folder / shard for shard in checkpoint.shards)]
+    for file in files:
+        place = Path(os.path.realpath(file))
+        if target == place or target in place.parents:
+            raise BundleError(
+                f"{out} holds the checkpoint itself ({checkpoint.folder}); "
+                "choose another folder for the bundle"
+            )
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Config, and size and time of every shard: whether a partial export is of the same source."""
+    stats = {shard: (checkpoint.folder / shard).stat() for shard in checkpoint.shards}
+    shards = {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
+    return {"config": checkpoint.config.raw, "shards": shards}
+
+
+@contextmanager
+def _source_hashes(checkpoint: Checkpoint) -> Iterator[dict[str, Future[str]]]:
+    """Hashes the source's files beside the export; on leaving, those not begun are let be."""
+    with ThreadPoolExecutor(1) as pool:
+        names = ["config.json", *checkpoint.shards]
+        try:
+            yield {name: pool.submit(sha256_of, checkpoint.folder / name) for name in names}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _keep_only_weights(staging: Path, data_files: Sequence[DataFile]) -> None:
+    """Of an interrupted export, all but the weights is written anew."""
+    kept = {KEY_FILE, JOURNAL, *(file.name for file in data_files)}
+    for path in staging.iterdir():
+        if path.name not in kept:
+            path.unlink()
+
+
+def _copy_companions(folder: Path, staging: Path) -> None:
+    for name in ("generation_config.json", *TOKENIZER_FILES):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, staging / name)
+
+
+def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
+    config, options, rope = plan.config, plan.options, plan.config.rope
+    sensitive = options.sensitive_scheme(config)
+    own = plan.manifest()
+    return {
+        "format_version": FORMAT_VERSION,
+        "target": options.target,
+        **own,
+        "source": source,
+        "config": config.raw,
+        "scheme": scheme_name(options),
+        "method": "rtn" if options.scheme else "none",
+        "schemes": {
+            "layers": scheme_name(options),
+            "qkv_embedding_head": sensitive.name if sensitive else "float",
+        },
+        "parameters": config.parameters,
+        "bits_per_weight": round(bits_per_weight(plan.weights), 4),
+        "by_kind": by_kind(plan.weights),
+        "weight_bytes": sum(weight.bytes for weight in plan.weights),
+        "rope": {
+            "theta": rope.theta,
+            "factors": [rope.factor],
+            "original_max_position_embeddings": rope.original_max_position_embeddings
+            or rope.max_position_embeddings,
+            "attention_factors": [rope.attention_factor],
+            "max_context": options.context_of(config),
+        },
+        "eos_token_ids": list(config.eos_token_ids),
+        "quality": {},
+        "versions": {"qwen2x": version(), "numpy": np.__version__, **own["versions"]},
+    }
+
+
+def cache_facts(config: Qwen2Config, dtype: str, layout: str) -> dict[str, Any]:
+    """The manifest's ``cache``."""
+    return {
+        "layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "dtype": dtype,
+        "layout": layout,
+    }

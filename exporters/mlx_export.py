@@ -1,0 +1,118 @@
+"""``export --to mlx``: the folder that mlx-lm and its like load, written without mlx."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2x.exporters.bundle_writer import cache_facts, write_json
+from qwen2x.exporters.checkpoint import INDEX
+from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.mlx_config import mlx_config
+from qwen2x.exporters.mlx_weights import MlxLayout, lay_out
+from qwen2x.exporters.options import Options
+from qwen2x.exporters.weights import FLOAT_TYPES, DataFile, Weight
+from qwen2x.quantize.errors import BackendError
+from qwen2x.quantize.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlxPlan:
+    """See ``Plan``: safetensors files, their index, and a config."""
+
+    options: Options
+    config: Qwen2Config
+    dtype: str
+    layout: MlxLayout
+
+    @property
+    def weights(self) -> Sequence[Weight]:
+        """See ``Plan``."""
+        return self.layout.weights
+
+    @property
+    def data_files(self) -> Sequence[DataFile]:
+        """See ``Plan``."""
+        return self.layout.files
+
+    @property
+    def structure_files(self) -> Mapping[str, int]:
+        """See ``Plan``."""
+        return {INDEX: len(_to_text(self._index()))}
+
+    def write_structure(self, staging: Path) -> None:
+        """See ``Plan``."""
+        (staging / INDEX).write_text(_to_text(self._index()), encoding="utf-8")
+        text = json.dumps(self._config(), indent=4, ensure_ascii=False)
+        (staging / "config.json").write_text(text + "\n", encoding="utf-8")
+        if not (staging / "generation_config.json").is_file() and self.config.eos_token_ids:
+            eos = list(self.config.eos_token_ids)
+            write_json(staging / "generation_config.json", {"eos_token_id": eos})
+
+    def manifest(self) -> dict[str, Any]:
+        """See ``Plan``."""
+        return {
+            "device": "any",
+            "dtype": self.dtype,
+            "quantization": self._config().get("quantization"),
+            "inputs": [],
+            "optional_inputs": [],
+            "outputs": [],
+            "cache": cache_facts(self.config, self.dtype, "stepped"),
+            "versions": {},
+        }
+
+    def _config(self) -> dict[str, Any]:
+        schemes = {
+            weight.name.removesuffix(".weight"): weight.scheme
+            for weight in self.weights
+            if weight.scheme is not None
+        }
+        return mlx_config(self.config, self.dtype, self.options.scheme, schemes)
+
+    def _index(self) -> dict[str, Any]:
+        size = sum(weight.bytes for weight in self.weights)
+        return {
+            "metadata": {"total_size": size, "total_parameters": self.config.parameters},
+            "weight_map": dict(sorted(self.layout.weight_map.items())),
+        }
+
+
+def plan_mlx(config: Qwen2Config, options: Options) -> MlxPlan:
+    """The folder's layout, without reading a weight.
+
+    Raises:
+        SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
+    """
+    if options.device is not None:
+        raise BackendError(
+            f"an MLX folder is for every device, got --device {options.device}; leave it out"
+        )
+    options.context_of(config)
+    dtype = options.dtype or _stored_dtype(config.raw)
+    sensitive = options.sensitive_scheme(config)
+
+    def scheme_of(module: str) -> Scheme | None:
+        return sensitive if is_sensitive(module) else options.scheme
+
+    tensors = config.expected_tensors()
+    layout = lay_out(tensors, FLOAT_TYPES[dtype], scheme_of)
+    return MlxPlan(options=options, config=config, dtype=dtype, layout=layout)
+
+
+def is_sensitive(module: str) -> bool:
+    """Whether a matrix is one of those that lose most by rounding."""
+    return module.endswith(("q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head"))
+
+
+def _stored_dtype(raw: Mapping[str, Any]) -> str:
+    """The float type that the checkpoint says it has, else bfloat16, as every released one."""
+    named = raw.get("torch_dtype") or raw.get("dtype")
+    return named if named in FLOAT_TYPES else "bfloat16"
+
+
+def _to_text(index: Mapping[str, Any]) -> str:
+    return json.dumps(index, indent=4) + "\n"
