@@ -1,9 +1,16 @@
 """Float matrices to integer codes and scales, and back: one arithmetic for every target.
 
-For a fixed rounding the scale of least squared error is ``sum(w*q) / sum(q*q)``, and its error is
-``sum(w*w) - sum(w*q)**2 / sum(q*q)``. So a few trial scales decide the rounding, the best trial is
-the one with the largest ``sum(w*q)**2 / sum(q*q)``, and its scale follows in closed form. (The idea
-is that of ``make_qx_quants`` in llama.cpp's ``ggml-quants.c``; here without importance weights.)
+Each group's scale is searched for the least squared error. A group is divided by the size of its
+largest weight, which becomes -1; a trial multiplies by a factor and rounds.
+
+4 bits: for a fixed rounding the scale of least squared error is ``sum(w*q) / sum(q*q)``, and its
+error is ``sum(w*w) - sum(w*q)**2 / sum(q*q)``. So a few factors decide the rounding, the best trial
+is the one with the largest ``sum(w*q)**2 / sum(q*q)``, and its scale follows in closed form. (The
+idea is that of ``make_qx_quants`` in llama.cpp's ``ggml-quants.c``, without importance weights.)
+
+8 bits: neighbouring bfloat16 numbers differ by 0.4 to 0.8 %, which moves a code of 127 by up to 1.
+A closed form would be rounded to a scale for which other codes are best, so the trials are the
+bfloat16 numbers themselves, and the error of each is summed.
 """
 
 from __future__ import annotations
@@ -20,15 +27,16 @@ from qwen2x.quantize.scheme import Scheme
 Float = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
-# Where the group's largest weight is placed by each trial, in codes from zero. The far end of the
-# signed range is 2**(bits-1); less leaves room, more clips the largest weight for the others' sake.
-# At 8 bits nothing is clipped, so that every weight is within half a step.
-TRIALS = {
-    4: (7.0, 7.5, 8.0, 8.6, 9.3),
-    8: (127.0,),
-}
-_GROUPS_PER_BLOCK = 2048
-# Squares of sums stay within float32 between these; a group below counts as zero.
+# 4 bits: where each trial places the group's largest weight, in codes from zero. The far end of the
+# signed range is 8; less leaves room, more clips the largest weight for the others' sake. Plain
+# rounding is to 7 or 8.
+REACHES = (7.0, 7.4, 8.0, 8.3, 8.7, 9.2)
+# 8 bits: bfloat16 numbers, counted from the one nearest to largest/127. The one below places the
+# largest weight on 128.5 at most, so that it stays within half a step of the far end, 128.
+NEIGHBOURS = (-1, 0, 1, 2, 3)
+# Few long NumPy calls: threads that quantize side by side wait for the interpreter between calls.
+_BLOCK_ELEMENTS = 1 << 18
+# Far from both ends of float32, so that nothing here overflows; a group below counts as zero.
 _SMALLEST, _LARGEST = 2.0**-56, 2.0**48
 
 
@@ -56,11 +64,11 @@ def quantize(values: Float, scheme: Scheme) -> QuantizedMatrix:
     grouped = values.reshape(rows * groups, scheme.group_size)
     codes = np.empty(grouped.shape, np.uint8)
     scales = np.empty(len(grouped), np.float32)
-    for start in range(0, len(grouped), _GROUPS_PER_BLOCK):
-        block = slice(start, start + _GROUPS_PER_BLOCK)
-        weights = np.ascontiguousarray(grouped[block].T)
-        scales[block] = _best_scales(weights, scheme)
-        codes[block] = _round(weights, scales[block], scheme).T
+    step = _BLOCK_ELEMENTS // scheme.group_size
+    for start in range(0, len(grouped), step):
+        block = slice(start, start + step)
+        scales[block], transposed = _quantize_block(grouped[block], scheme)
+        codes[block] = transposed.T
     return QuantizedMatrix(
         codes=codes.reshape(rows, columns), scales=scales.reshape(rows, groups), scheme=scheme
     )
@@ -74,50 +82,95 @@ def dequantize(matrix: QuantizedMatrix) -> Float:
     return grouped.reshape(matrix.codes.shape)
 
 
-def _best_scales(weights: Float, scheme: Scheme) -> Float:
-    """Scales float32 [groups], bfloat16 numbers, for weights [group_size, groups]."""
+def _quantize_block(grouped: Float, scheme: Scheme) -> tuple[Float, Codes]:
+    """Scales float32 [groups] and codes uint8 [group_size, groups] of [groups, group_size]."""
+    weights = grouped.T.copy()
+    largest = _largest(weights)
+    is_zero = np.abs(largest) < _SMALLEST
+    largest[is_zero] = 1
+    # The largest weight goes to the negative end, which has one code more.
+    weights *= -1 / largest
+    search = _search_four_bits if scheme.bits == 4 else _search_eight_bits
+    steps = search(weights, np.abs(largest), scheme)
+    steps[is_zero] = 1
+    factors = np.abs(largest) / steps
+    weights *= factors
+    _round_to_signed(weights, factors.max(initial=0), scheme, weights)
+    weights += scheme.zero_point
+    scales = np.copysign(steps, -largest)
+    scales[is_zero] = 0
+    return scales, weights.astype(np.uint8)
+
+
+def _largest(weights: Float) -> Float:
+    """The weight of each group that is farthest from 0 (of two the positive), float32 [groups]."""
     highest, lowest = weights.max(axis=0), weights.min(axis=0)
-    extreme = np.where(highest > -lowest, highest, lowest)
-    if not np.abs(extreme).max(initial=0) <= _LARGEST:
+    sizes = np.maximum(highest, -lowest)
+    if not sizes.max(initial=0) <= _LARGEST:
         raise SchemeError(
-            f"weights must be finite and within 2**48, got {extreme[np.abs(extreme).argmax()]}; "
-            "export without --bits"
+            "weights must be finite and within 2**48, got "
+            f"{weights.flat[np.abs(weights).argmax()]}; export without --bits"
         )
-    is_zero = np.abs(extreme) < _SMALLEST
-    safe = np.where(is_zero, np.float32(1), extreme)
-    best_gain = np.full(extreme.shape, -1, np.float32)
-    best_scale = np.zeros_like(extreme)
-    rounded, product = np.empty_like(weights), np.empty_like(weights)
-    for reach in TRIALS[scheme.bits]:
-        # The extreme weight goes to the negative end, which has one code more than the positive.
-        inverse = (-reach / safe).astype(np.float32)
-        _round_to_signed(weights, inverse, scheme, rounded)
-        np.multiply(weights, rounded, out=product)
-        weight_code = product.sum(axis=0)
-        np.multiply(rounded, rounded, out=product)
-        code_code = product.sum(axis=0)
-        # An all-zero group has no codes but 0; its scale is set to 0 below.
-        scale = weight_code / np.maximum(code_code, np.float32(1))
-        gain = weight_code * scale
-        better = gain > best_gain
-        np.copyto(best_gain, gain, where=better)
-        np.copyto(best_scale, scale, where=better)
-    best_scale[is_zero] = 0
-    scales: Float = best_scale.astype(bfloat16).astype(np.float32)
-    return scales
+    largest: Float = np.copysign(sizes, highest + lowest)
+    return largest
 
 
-def _round(weights: Float, scales: Float, scheme: Scheme) -> Codes:
-    """Codes uint8 [group_size, groups] for weights of the same shape and scales [groups]."""
-    # A scale of 0, of an all-zero group, gives the zero code.
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+def _search_four_bits(weights: Float, sizes: Float, scheme: Scheme) -> Float:
+    """The step of each group, its scale without sign.
+
+    Args:
+        weights: float32 [group_size, groups], each group divided by the size of its largest weight.
+        sizes: float32 [groups], these sizes.
+        scheme: bits and group size.
+
+    Returns:
+        float32 [groups], bfloat16 numbers.
+    """
+    weight_code = np.empty((len(REACHES), len(sizes)), np.float32)
+    code_code = np.empty_like(weight_code)
     rounded = np.empty_like(weights)
-    _round_to_signed(weights, inverse, scheme, rounded)
-    rounded += scheme.zero_point
-    return rounded.astype(np.uint8)
+    for trial, reach in enumerate(REACHES):
+        np.multiply(weights, np.float32(reach), out=rounded)
+        _round_to_signed(rounded, reach, scheme, rounded)
+        np.einsum("ij,ij->j", weights, rounded, out=weight_code[trial])
+        np.einsum("ij,ij->j", rounded, rounded, out=code_code[trial])
+    # Only a group of zeros has no code but 0.
+    np.maximum(code_code, 1, out=code_code)
+    steps: Float = weight_code / code_code
+    errors: Float = -weight_code * steps
+    chosen: Float = (_choose(steps, errors) * sizes).astype(bfloat16).astype(np.float32)
+    return chosen
 
 
-def _round_to_signed(weights: Float, inverse: Float, scheme: Scheme, out: Float) -> None:
-    np.multiply(weights, inverse, out=out)
-    np.rint(out, out=out)
-    np.clip(out, -scheme.zero_point, scheme.zero_point - 1, out=out)
+def _search_eight_bits(weights: Float, sizes: Float, scheme: Scheme) -> Float:
+    """The step of each group, its scale without sign; arguments and result as for four bits."""
+    nearest = (sizes / np.float32(127)).astype(bfloat16).astype(np.float32)
+    # A bfloat16 number is the upper half of a float32.
+    offsets = np.array(NEIGHBOURS, np.int32)[:, None] << 16
+    steps = (nearest.view(np.int32) + offsets).view(np.float32)
+    errors = np.empty_like(steps)
+    scaled, rounded = np.empty_like(weights), np.empty_like(weights)
+    for step, error in zip(steps, errors, strict=True):
+        factors = sizes / step
+        np.multiply(weights, factors, out=scaled)
+        _round_to_signed(scaled, factors.max(initial=0), scheme, rounded)
+        scaled -= rounded
+        np.einsum("ij,ij->j", scaled, scaled, out=error)
+        error /= factors
+        error /= factors
+    return _choose(steps, errors)
+
+
+def _choose(steps: Float, errors: Float) -> Float:
+    """The step [groups] of the trial with the least error, both [trials, groups]."""
+    # A product and a maximum, since NumPy's masked copies take many times as long.
+    chosen: Float = (steps * (errors == errors.min(axis=0))).max(axis=0)
+    return chosen
+
+
+def _round_to_signed(scaled: Float, largest: float, scheme: Scheme, out: Float) -> None:
+    """Integers from ``-zero_point`` on, for numbers of at most ``largest`` in size."""
+    np.rint(scaled, out=out)
+    # Not quite half a code, as the largest was divided and multiplied in float32.
+    if largest > scheme.zero_point - 0.501:
+        np.clip(out, -scheme.zero_point, scheme.zero_point - 1, out=out)

@@ -13,10 +13,17 @@ from qwen2x.quantize.groups import dequantize, quantize
 from qwen2x.quantize.scheme import Scheme
 
 Floats = NDArray[np.float32]
-# A scale is rounded to bfloat16 after the best trial is known; that moves a group's error a little.
-ROUNDED_SCALE = 1.03
-# Five trials against 1,500: all groups together lose this much squared error at most.
-FEW_TRIALS = 1.03
+# 4 bits: a scale is rounded to bfloat16 after the best trial is known, which moves a group's error
+# a little. 8 bits: plain rounding is one of the trials, so only float32 sums can differ.
+ROUNDED_SCALE = {4: 1.03, 8: 1 + 1e-5}
+# Six trials against 1,500: all 4-bit groups together lose this much squared error at most.
+FEW_TRIALS = 1.02
+# Five bfloat16 scales against some 40 up to 13 % away: each scale lets the rounding errors fall
+# anew, and a small group finds a luckier one among more. Eight times the work would gain this much.
+FEW_NEIGHBOURS = 1.12
+# By how many steps a weight can miss the last code: the largest weight lies on 128.5 at most, and
+# one as large at the other end, whose last code is 127, 1.5 beyond it.
+CLIPPED_STEPS = 1.5
 
 
 def squared_errors(values: Floats, restored: Floats, group_size: int) -> NDArray[np.float64]:
@@ -28,7 +35,9 @@ def squared_errors(values: Floats, restored: Floats, group_size: int) -> NDArray
 def plain_errors(values: Floats, scheme: Scheme, reach: float) -> NDArray[np.float64]:
     """Rounding to scales largest/reach, bfloat16 numbers as ours, without any search."""
     groups = values.reshape(-1, scheme.group_size)
-    extreme = groups[np.arange(len(groups)), np.abs(groups).argmax(axis=1)]
+    highest, lowest = groups.max(axis=1), groups.min(axis=1)
+    # Of two weights equally far from 0 the positive one takes the longer end, as in ours.
+    extreme = np.where(highest >= -lowest, highest, lowest)
     scales = (-extreme / np.float32(reach)).astype(bfloat16).astype(np.float32)[:, None]
     low, high = -scheme.zero_point, scheme.zero_point - 1
     codes = np.clip(np.rint(groups / scales), low, high)
@@ -61,34 +70,60 @@ def test_shapes_types_and_ranges_are_what_the_scheme_says(bits: int, group_size:
 
 
 @pytest.mark.parametrize("kind", list(weights(0)))
-@pytest.mark.parametrize("reach", [7.0, 7.5, 8.0])
-def test_no_group_is_worse_than_plain_rounding(kind: str, reach: float) -> None:
-    scheme = Scheme(bits=4, group_size=32)
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize(("bits", "reach"), [(4, 7.0), (4, 8.0), (8, 127.0)])
+def test_no_group_is_worse_than_plain_rounding(
+    bits: int, reach: float, group_size: int, kind: str
+) -> None:
+    scheme = Scheme(bits=bits, group_size=group_size)
     values = weights(1)[kind]
-    ours = squared_errors(values, dequantize(quantize(values, scheme)), 32)
+    ours = squared_errors(values, dequantize(quantize(values, scheme)), group_size)
     plain = plain_errors(values, scheme, reach)
-    assert (ours <= plain * ROUNDED_SCALE).all()
-    assert ours.sum() < 0.95 * plain.sum()
+    assert (ours <= plain * ROUNDED_SCALE[bits]).all()
+    assert ours.sum() < 0.97 * plain.sum()
 
 
 @pytest.mark.parametrize("kind", list(weights(0)))
-def test_four_bit_scales_are_nearly_those_of_a_brute_force_search(kind: str) -> None:
-    scheme = Scheme(bits=4, group_size=32)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_four_bit_scales_are_nearly_those_of_a_brute_force_search(
+    group_size: int, kind: str
+) -> None:
+    scheme = Scheme(bits=4, group_size=group_size)
     values = weights(2, rows=50)[kind]
-    ours = squared_errors(values, dequantize(quantize(values, scheme)), 32)
-    reaches = np.linspace(5.5, 13, 1500)
+    ours = squared_errors(values, dequantize(quantize(values, scheme)), group_size)
+    reaches = np.linspace(5.5, 14, 1500)
     best = np.min([plain_errors(values, scheme, reach) for reach in reaches], axis=0)
     assert ours.sum() < best.sum() * FEW_TRIALS
 
 
 @pytest.mark.parametrize("kind", list(weights(0)))
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_eight_bit_scales_are_nearly_those_of_a_brute_force_search(
+    group_size: int, kind: str
+) -> None:
+    scheme = Scheme(bits=8, group_size=group_size)
+    values = weights(3, rows=50)[kind]
+    ours = squared_errors(values, dequantize(quantize(values, scheme)), group_size)
+    reaches = np.linspace(112, 144, 300)
+    best = np.min([plain_errors(values, scheme, reach) for reach in reaches], axis=0)
+    assert ours.sum() < best.sum() * FEW_NEIGHBOURS
+
+
+@pytest.mark.parametrize("kind", list(weights(0)))
 @pytest.mark.parametrize("group_size", [32, 128])
-def test_eight_bits_are_within_half_a_step(kind: str, group_size: int) -> None:
+def test_eight_bits_clip_hardly_anything(group_size: int, kind: str) -> None:
     values = weights(3)[kind]
     matrix = quantize(values, Scheme(bits=8, group_size=group_size))
     steps = np.abs(matrix.scales).repeat(group_size, axis=1)
     # The last float32 digit of a product of code and scale.
-    assert (np.abs(values - dequantize(matrix)) <= steps * (0.5 + 1e-4)).all()
+    missed = np.abs(values - dequantize(matrix)) / steps - 1e-4
+    assert (missed <= CLIPPED_STEPS).all()
+    is_last = (matrix.codes == 0) | (matrix.codes == 255)
+    assert (missed[~is_last] <= 0.5).all()
+    assert (missed > 0.5).mean() < 1e-3
+    largest = np.abs(values).reshape(-1, group_size).argmax(axis=1)
+    of_largest = missed.reshape(-1, group_size)[np.arange(len(largest)), largest]
+    assert (of_largest <= 0.5).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -115,7 +150,7 @@ def test_a_group_of_zeros_has_scale_zero_and_the_zero_code(bits: int) -> None:
     matrix = quantize(values, Scheme(bits=bits, group_size=32))
     for row, group in ((0, 1), (1, 2)):
         columns = slice(32 * group, 32 * group + 32)
-        assert matrix.scales[row, group] == 0
+        assert matrix.scales[row, group].tobytes() == bytes(4)
         assert (matrix.codes[row, columns] == matrix.scheme.zero_point).all()
     assert (matrix.scales != 0).sum() == matrix.scales.size - 2
 
@@ -140,7 +175,7 @@ def test_the_relative_error_does_not_depend_on_the_size_of_the_weights(
     values = (weights(6, rows=50)["normal"] * size).astype(np.float32)
     restored = dequantize(quantize(values, Scheme(bits=bits, group_size=32)))
     relative = squared_errors(values, restored, 32).sum() / np.square(values, dtype=float).sum()
-    assert relative == pytest.approx({4: 6.5e-3, 8: 2.8e-5}[bits], rel=0.1)
+    assert relative == pytest.approx({4: 6.5e-3, 8: 2.4e-5}[bits], rel=0.1)
 
 
 @pytest.mark.parametrize("value", [1e20, -1e38, np.inf, -np.inf, np.nan])
