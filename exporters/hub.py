@@ -11,15 +11,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen2x.exporters.hub_file import HubFile, discard_partials, fetch_file, partial_bytes
 from qwen2x.quantize.errors import SourceError
 
 if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
     from huggingface_hub.errors import HfHubHTTPError
 
 _CONFIG = "config.json"
@@ -49,9 +51,9 @@ def resolve_source(
 ) -> Path:
     """Gives the local folder of a source; a hub id is first fetched into the user's cache.
 
-    Only the files that an export reads are fetched, the weights as safetensors only. A file that
-    is in the cache is not fetched again. A hub that cannot be reached is no obstacle when the
-    cache holds every file.
+    Only the files that an export reads are fetched, the weights as safetensors only. What is in
+    the cache, also a part of a large file, is not fetched again. A hub that cannot be reached is
+    no obstacle when the cache holds every file.
 
     Args:
         source: a folder, or a hub id such as ``Qwen/Qwen2-0.5B-Instruct``.
@@ -101,11 +103,8 @@ def _hub_id(source: str | Path) -> str:
             f"expected a local folder or a hub id such as {_EXAMPLE}, got the address {text!r}; "
             "give only its org/name, and a branch or commit with --revision"
         )
-    if text.startswith(("./", "../", "/", "~", f".{os.sep}")) or text.count(os.sep) > 1:
-        raise SourceError(
-            f"expected a folder with {_CONFIG} and {_WEIGHTS}, got {text!r}, where there is none; "
-            f"check the path, or give a hub id such as {_EXAMPLE}"
-        )
+    if text.startswith((".", "/", "~", os.sep)) or text.count("/") > 1 or text.count(os.sep) > 1:
+        raise SourceError(f"expected a folder, got {text!r}, where there is none; check the path")
     return text
 
 
@@ -141,46 +140,77 @@ def _fetch(repo_id: str, revision: str, progress: bool, weights: bool) -> Path:
 
     resolved = resolve_revision(repo_id, revision=revision, local_files_only=is_offline_mode())
     commit = resolved.resolved
-    sizes = _list_files(repo_id, commit)
-    if sizes is None:
+    files = _list_files(repo_id, commit)
+    if files is None:
         return _unlisted_folder(repo_id, commit)
-    _refuse_unusable(repo_id, sizes)
+    _refuse_unusable(repo_id, [file.name for file in files])
     with _hidden_bars():
         folder = Path(snapshot_download(repo_id, revision=commit, allow_patterns=_CONFIG))
-    missing = {
-        name: size
-        for name, size in sizes.items()
-        if _is_needed(name)
-        and (weights or not fnmatchcase(name, _WEIGHTS))
-        and not (folder / name).exists()
-    }
-    if missing:
-        _refuse_full_disk(repo_id, commit, missing)
-        if progress:
-            total = _megabytes(sum(missing.values()))
-            what = f"{repo_id} ({revision}, {commit[:7]})"
-            print(f"fetching {what}: {len(missing)} files, {total}", file=sys.stderr, flush=True)
-        with nullcontext() if progress else _hidden_bars():
-            for name in missing:
-                _download(repo_id, name, commit)
+    if not _missing(files, folder, weights):
+        return folder
+    if not any(file.sha256 for file in files):
+        files = _list_on_hub(repo_id, commit) or files
+    missing = _missing(files, folder, weights)
+    discard_partials(folder, {file.sha256 for file in files if file.sha256})
+    _refuse_full_disk(folder, missing)
+    if progress:
+        _announce(f"{repo_id} ({revision}, {commit[:7]})", folder, missing)
+    with nullcontext() if progress else _hidden_bars():
+        for file in missing:
+            _download(file, folder)
     return folder
 
 
-def _list_files(repo_id: str, commit: str) -> dict[str, int] | None:
-    """Gives every file of the commit with its bytes; None when neither cache nor hub tells."""
-    import httpx2
-    from huggingface_hub import HfApi, RepoFile, get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
+def _missing(files: Iterable[HubFile], folder: Path, weights: bool) -> list[HubFile]:
+    """Gives the needed files that the snapshot does not have yet."""
+    return [
+        file
+        for file in files
+        if _is_needed(file.name)
+        and (weights or not fnmatchcase(file.name, _WEIGHTS))
+        and not (folder / file.name).exists()
+    ]
+
+
+def _announce(what: str, folder: Path, missing: Sequence[HubFile]) -> None:
+    """Says what is about to come, and how much of it an earlier call has brought."""
+    total = _megabytes(sum(file.bytes for file in missing))
+    here_bytes = sum(partial_bytes(file, folder) for file in missing)
+    here = f", {_megabytes(here_bytes)} of them are here" if here_bytes else ""
+    print(f"fetching {what}: {len(missing)} files, {total}{here}", file=sys.stderr, flush=True)
+
+
+def _list_files(repo_id: str, commit: str) -> list[HubFile] | None:
+    """Gives every file of the commit; None when neither cache nor hub tells.
+
+    What the cache tells comes without hashes: the library's public function leaves them out.
+    """
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     try:
         files = get_cached_repo_tree(repo_id, revision=commit)
     except CachedRepoTreeNotFoundError:
-        try:
-            entries = list(HfApi().list_repo_tree(repo_id, recursive=True, revision=commit))
-        except (OfflineModeIsEnabled, httpx2.TransportError):
-            return None
-        files = [entry for entry in entries if isinstance(entry, RepoFile)]
-    return {file.path: file.size for file in files}
+        return _list_on_hub(repo_id, commit)
+    return [_described(repo_id, file) for file in files]
+
+
+def _list_on_hub(repo_id: str, commit: str) -> list[HubFile] | None:
+    """Gives every file of the commit with its hash; None without a connection."""
+    import httpx2
+    from huggingface_hub import HfApi, RepoFile
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        entries = list(HfApi().list_repo_tree(repo_id, recursive=True, revision=commit))
+    except (OfflineModeIsEnabled, httpx2.TransportError):
+        return None
+    return [_described(repo_id, entry) for entry in entries if isinstance(entry, RepoFile)]
+
+
+def _described(repo_id: str, file: RepoFile) -> HubFile:
+    sha256 = file.lfs.sha256 if file.lfs else None
+    return HubFile(repo_id=repo_id, name=file.path, bytes=file.size, sha256=sha256)
 
 
 def _unlisted_folder(repo_id: str, commit: str) -> Path:
@@ -218,33 +248,35 @@ def _other_weights(names: list[str]) -> str:
     return _first_of(names)
 
 
-def _refuse_full_disk(repo_id: str, commit: str, missing: Mapping[str, int]) -> None:
-    from huggingface_hub import constants, hf_hub_download
+def _refuse_full_disk(folder: Path, missing: Sequence[HubFile]) -> None:
+    """Refuses a download that the disk has no room for; what is there of it already counts."""
+    from huggingface_hub import hf_hub_download
 
-    cache = Path(constants.HF_HUB_CACHE)
-    existing = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if sum(missing.values()) <= free_bytes:
+    repo_id = missing[0].repo_id
+    free_bytes = shutil.disk_usage(folder).free
+    if sum(file.bytes - partial_bytes(file, folder) for file in missing) <= free_bytes:
         return
     # Another revision may already have brought the same bytes: ask file by file.
-    plans = [hf_hub_download(repo_id, name, revision=commit, dry_run=True) for name in missing]
-    needed_bytes = sum(plan.file_size or 0 for plan in plans if plan.will_download)
+    needed_bytes = sum(
+        file.bytes - partial_bytes(file, folder)
+        for file in missing
+        if hf_hub_download(repo_id, file.name, revision=folder.name, dry_run=True).will_download
+    )
     if needed_bytes > free_bytes:
         raise SourceError(
-            f"{repo_id} needs {_megabytes(needed_bytes)} in {cache}, got "
+            f"{repo_id} needs {_megabytes(needed_bytes)} in {folder.parents[2]}, got "
             f"{_megabytes(free_bytes)} of free space; free some, or set HF_HOME to a larger disk"
         )
 
 
-def _download(repo_id: str, name: str, commit: str) -> None:
-    from huggingface_hub import hf_hub_download
-
+def _download(file: HubFile, folder: Path) -> None:
     try:
-        hf_hub_download(repo_id, name, revision=commit)
+        fetch_file(file, folder)
     except RuntimeError as error:  # hf_xet has no class of its own for a failed transfer
         raise SourceError(
-            f"expected {name} of {repo_id} from the hub's Xet storage, got: {_one_line(error)}; "
-            "run the same command again, with HF_HUB_DISABLE_XET=1 if it happens again"
+            f"expected {file.name} of {file.repo_id} from the hub's Xet storage, got: "
+            f"{_one_line(error)}; run the same command again, with HF_HUB_DISABLE_XET=1 if it "
+            "happens again"
         ) from error
 
 
@@ -272,16 +304,16 @@ def _explain(error: Exception, repo_id: str, revision: str) -> SourceError:
         return _explain_answer(origin, repo_id, revision)
     if is_absent and is_offline_mode():
         return SourceError(
-            f"expected {repo_id} ({revision}) complete in {constants.HF_HUB_CACHE} since "
-            "HF_HUB_OFFLINE is set, got nothing or only a part; unset HF_HUB_OFFLINE and run "
-            "again, or give a local folder"
+            f"expected a folder {repo_id}, or that hub id ({revision}) complete in "
+            f"{constants.HF_HUB_CACHE} since HF_HUB_OFFLINE is set, got nothing or only a part; "
+            "unset HF_HUB_OFFLINE and run again, or give a local folder"
         )
     if not is_absent and isinstance(error, OSError) and error.errno is not None:
         return _explain_disk(error, repo_id)
     return SourceError(
-        f"expected {repo_id} from {constants.ENDPOINT}, got no complete answer "
-        f"({_one_line(origin)}); check the connection, the proxy and HF_ENDPOINT and run the same "
-        "command again: finished files are kept"
+        f"expected {repo_id} from {constants.ENDPOINT}, since no such folder is here, got no "
+        f"complete answer ({_one_line(origin)}); check the connection, the proxy and HF_ENDPOINT "
+        "and run the same command again: what has come is kept"
     )
 
 
@@ -323,7 +355,7 @@ def _explain_disk(error: OSError, repo_id: str) -> SourceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SourceError(
             f"expected room for {repo_id} in {cache}, got: {_one_line(error)}; free some space, or "
-            "set HF_HOME to a larger disk, and run the same command again: finished files are kept"
+            "set HF_HOME to a larger disk, and run the same command again: what has come is kept"
         )
     return SourceError(
         f"expected to store {repo_id} in {cache}, got: {_one_line(error)}; make that folder "

@@ -20,8 +20,9 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -77,11 +78,18 @@ class SmallHub:
         hub.add("org/name", {"config.json": b"{}"})
         ...
         assert hub.paths("GET") == [...]
+
+    Attributes:
+        missing_status: the answer for a repository that does not exist.
+        takes_ranges: false for a server that answers a range with the whole file.
+        etag_prefix: what a mirror that names files in its own way sets before the hash.
     """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.missing_status = HTTPStatus.NOT_FOUND
+        self.takes_ranges = True
+        self.etag_prefix = ""
         self.released = threading.Event()
         self._lock = threading.Lock()
         self._repositories: dict[str, _Repository] = {}
@@ -164,6 +172,15 @@ class SmallHub:
                 if method in (None, request.method) and request.path != "/api/agent-harnesses"
             ]
 
+    def ranges(self, name: str) -> list[str | None]:
+        """The ranges in which the file of that name was asked for so far; None is the whole."""
+        with self._lock:
+            return [
+                request.range
+                for request in self.requests
+                if request.method == "GET" and request.path.endswith(f"/{name}")
+            ]
+
     def file_names(self, method: str = "GET") -> list[str]:
         """The files asked for so far, by their names in their repository."""
         return [
@@ -222,7 +239,9 @@ class SmallHub:
         data = repository.files[commit].get(path)
         if data is None:
             return _error(HTTPStatus.NOT_FOUND, "EntryNotFound", {"X-Repo-Commit": commit})
-        return _file(request, path, data, commit)
+        if not self.takes_ranges:
+            request = replace(request, range=None)
+        return _file(request, path, data, commit, self.etag_prefix)
 
     def _refuse(self, repository: _Repository | None) -> _Answer:
         """The real hub answers 401 for a private model and, without a token, for a missing one."""
@@ -264,8 +283,9 @@ def _error(status: HTTPStatus, code: str, headers: dict[str, str] | None = None)
     return _Answer(status=status, headers={"X-Error-Code": code, **(headers or {})})
 
 
-def _file(request: Request, path: str, data: bytes, commit: str) -> _Answer:
-    etag = hashlib.sha256(data).hexdigest() if path.endswith(_LARGE) else _git_id(data)
+def _file(request: Request, path: str, data: bytes, commit: str, etag_prefix: str) -> _Answer:
+    digest = hashlib.sha256(data).hexdigest() if path.endswith(_LARGE) else _git_id(data)
+    etag = etag_prefix + digest
     headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
     if path.endswith(_LARGE):
         headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{etag}"'}
@@ -331,6 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
         if trouble.kind == "stall":
             self._hub.released.wait()
         elif trouble.kind == "reset":
+            time.sleep(0.5)  # a reset drops what is still on its way
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.connection.close()
