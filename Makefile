@@ -31,7 +31,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.python
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.python
-	$(PIP) -e ".[cpu,torch,dev]"
+	$(PIP) -e ".[cpu,torch,mlx,dev]"
 	touch $@ $(VENV)/.demo
 
 clean:

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     "--device", type=click.Choice(["cpu", "cuda"]),
     help="What an ONNX graph is built for. Default: cpu. An MLX folder is for every device.",
 )  # fmt: skip
+@click.option(
+    "--graph", is_flag=True,
+    help="With --to mlx: also trace the forward pass into decode.mlxfn, for run --graph.",
+)  # fmt: skip
 @click.option("--max-context", type=int, help="Positions to prepare for. Default: all it can.")
 @click.option("--revision", help="Branch, tag or commit, when SOURCE is a hub id. Default: main.")
 @click.option("--dry-run", is_flag=True, help="Only show files, bytes, bits per weight, memory.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2x.exporters.config import Qwen2Config, parse_config
+from qwen2x.exporters.mlx_folder import describe_mlx_folder, is_mlx_folder
 from qwen2x.quantize.errors import BundleError
 
 MANIFEST = "qwen2x.json"
@@ -27,10 +28,18 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A folder that ``export`` wrote, and its manifest."""
+    """A folder that ``export`` wrote, and its manifest.
+
+    Or one that another program wrote for MLX; then the manifest says what is found in it.
+    """
 
     folder: Path
     manifest: Mapping[str, Any]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the folder holds a manifest."""
+        return (self.folder / MANIFEST).is_file()
 
     @property
     def target(self) -> str:
@@ -39,7 +48,7 @@ class Bundle:
 
     @property
     def device(self) -> str:
-        """``cpu`` or ``cuda``: what the graph was built for."""
+        """``cpu`` or ``cuda``: what a graph was built for; ``any`` for MLX."""
         return str(self.manifest["device"])
 
     @property
@@ -108,6 +117,8 @@ def open_bundle(folder: Path, *, verify: bool = False) -> Bundle:
         BundleError: no bundle, a newer format, a file missing, cut, swapped, a link, or outside.
     """
     path = folder / MANIFEST
+    if not path.is_file() and is_mlx_folder(folder):
+        return Bundle(folder=folder, manifest=describe_mlx_folder(folder))
     if not path.is_file():
         raise BundleError(
             f"{folder} is no bundle (it has no {MANIFEST}); make one with qwen2x export"
@@ -147,8 +158,8 @@ def changed_source_files(bundle: Bundle, source: Path) -> list[str]:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder claims to be a bundle."""
-    return (folder / MANIFEST).is_file()
+    """Whether a folder claims to be a bundle, or holds weights for MLX."""
+    return (folder / MANIFEST).is_file() or is_mlx_folder(folder)
 
 
 def describe_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, dict[str, Any]]:

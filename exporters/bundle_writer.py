@@ -58,8 +58,8 @@ class Plan(Protocol):
         """Bytes of the larger files beside them: a graph, or an index."""
         ...
 
-    def write_structure(self, staging: Path) -> None:
-        """Writes what describes the model to those who load the bundle."""
+    def write_structure(self, staging: Path) -> dict[str, Any]:
+        """Writes what describes the model to those who load it; gives what the manifest adds."""
         ...
 
     def manifest(self) -> dict[str, Any]:
@@ -109,9 +109,9 @@ def write_bundle(
             _keep_only_weights(staging, plan.data_files)
             write_weights(checkpoint, plan.weights, plan.data_files, staging, progress)
             _copy_companions(folder, staging)
-            plan.write_structure(staging)
+            added = plan.write_structure(staging)
             sha256 = {name: future.result() for name, future in hashes.items()}
-            manifest = _manifest(plan, {"id": source_id, "sha256": sha256})
+            manifest = _manifest(plan, {"id": source_id, "sha256": sha256}) | added
             manifest["files"] = describe_files(staging, without=(KEY_FILE, JOURNAL))
             manifest["seconds"] = round(time.monotonic() - started, 3)
             write_manifest(staging, manifest)

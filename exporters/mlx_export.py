@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,14 +44,26 @@ class MlxPlan:
         """See ``Plan``."""
         return {INDEX: len(_to_text(self._index()))}
 
-    def write_structure(self, staging: Path) -> None:
-        """See ``Plan``."""
+    def write_structure(self, staging: Path) -> dict[str, Any]:
+        """See ``Plan``: index, config, and the graph if it is wanted."""
         (staging / INDEX).write_text(_to_text(self._index()), encoding="utf-8")
         text = json.dumps(self._config(), indent=4, ensure_ascii=False)
         (staging / "config.json").write_text(text + "\n", encoding="utf-8")
         if not (staging / "generation_config.json").is_file() and self.config.eos_token_ids:
             eos = list(self.config.eos_token_ids)
             write_json(staging / "generation_config.json", {"eos_token_id": eos})
+        return {"graph": self._write_graph(staging)} if self.options.graph else {}
+
+    def _write_graph(self, staging: Path) -> dict[str, Any]:
+        graph = _graph_module()
+        facts: dict[str, Any] = graph.write_graph(
+            staging / graph.GRAPH_FILE,
+            self.config,
+            self._config().get("quantization"),
+            self.dtype,
+            self.options.context_of(self.config),
+        )
+        return facts
 
     def manifest(self) -> dict[str, Any]:
         """See ``Plan``."""
@@ -92,7 +105,11 @@ def plan_mlx(config: Qwen2Config, options: Options) -> MlxPlan:
             f"an MLX folder is for every device, got --device {options.device}; leave it out"
         )
     options.context_of(config)
+    if options.graph:
+        _graph_module()
     dtype = options.dtype or _stored_dtype(config.raw)
+    if dtype not in FLOAT_TYPES:
+        raise BackendError(f"no MLX folder for --dtype {dtype}; choose {' or '.join(FLOAT_TYPES)}")
     sensitive = options.sensitive_scheme(config)
 
     def scheme_of(module: str) -> Scheme | None:
@@ -103,6 +120,22 @@ def plan_mlx(config: Qwen2Config, options: Options) -> MlxPlan:
     return MlxPlan(options=options, config=config, dtype=dtype, layout=layout)
 
 
+def _graph_module() -> Any:
+    """The only part of an export that needs mlx.
+
+    Raises:
+        BackendError: mlx is not installed, or does not load.
+    """
+    try:
+        return importlib.import_module("qwen2x.exporters.mlx_graph")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("mlx"):
+            raise
+        raise BackendError(
+            f'--graph needs mlx ({error}); pip install "qwen2x[mlx]", or leave out --graph'
+        ) from None
+
+
 def is_sensitive(module: str) -> bool:
     """Whether a matrix is one of those that lose most by rounding."""
     return module.endswith(("q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head"))
@@ -111,7 +144,7 @@ def is_sensitive(module: str) -> bool:
 def _stored_dtype(raw: Mapping[str, Any]) -> str:
     """The float type that the checkpoint says it has, else bfloat16, as every released one."""
     named = raw.get("torch_dtype") or raw.get("dtype")
-    return named if named in FLOAT_TYPES else "bfloat16"
+    return named if isinstance(named, str) and named in FLOAT_TYPES else "bfloat16"
 
 
 def _to_text(index: Mapping[str, Any]) -> str:

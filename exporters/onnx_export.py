@@ -50,7 +50,7 @@ class OnnxPlan:
         """See ``Plan``."""
         return {GRAPH_FILE: int(self.model.ByteSize())}
 
-    def write_structure(self, staging: Path) -> None:
+    def write_structure(self, staging: Path) -> dict[str, Any]:
         """See ``Plan``: the graph, the config, and onnxruntime-genai's config."""
         onnx.save_model(self.model, staging / GRAPH_FILE)
         generation = read_json(staging / "generation_config.json") or {}
@@ -58,6 +58,7 @@ class OnnxPlan:
         genai = genai_config(recipe.config, recipe.target, recipe.max_context, generation)
         write_json(staging / "config.json", recipe.config.raw)
         write_json(staging / "genai_config.json", genai)
+        return {}
 
     def manifest(self) -> dict[str, Any]:
         """See ``Plan``."""

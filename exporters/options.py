@@ -30,6 +30,7 @@ class Options:
         group_size: weights that share a scale.
         method: ``auto`` or ``rtn``.
         max_context: positions to prepare for; None is all that the model can.
+        graph: also trace an MLX folder's forward pass into ``decode.mlxfn``, which needs mlx.
     """
 
     target: str = "onnx"
@@ -39,12 +40,15 @@ class Options:
     group_size: int = DEFAULT_GROUP_SIZE
     method: str = "auto"
     max_context: int | None = None
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise BackendError(f"target must be {' or '.join(TARGETS)}, got {self.target!r}")
         if self.method not in METHODS:
             raise SchemeError(f"method must be {' or '.join(METHODS)}, got {self.method!r}")
+        if self.graph and self.target != "mlx":
+            raise BackendError("--graph is for --to mlx; an ONNX bundle is a graph: leave it out")
 
     @property
     def scheme(self) -> Scheme | None:

@@ -1,0 +1,183 @@
+"""MLX folders that other programs made, such as mlx-lm's ``convert``, described like our own.
+
+Their settings are their own: any affine bits and groups, mixed recipes, and a head that is tied
+unless the config says otherwise. They may lie in a hub cache, where files are links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qwen2x.exporters.config import Qwen2Config, parse_config, read_json
+from qwen2x.exporters.weights import kind_of
+from qwen2x.quantize.errors import BackendError, BundleError
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tensor:
+    """Dtype name and shape, as a safetensors header has them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * _ITEM_BYTES[self.dtype]
+
+
+def is_mlx_folder(folder: Path) -> bool:
+    """Whether a folder holds weights for MLX: quantized by it, or marked as written by it."""
+    config = folder / "config.json"
+    if not config.is_file() or not (shards := sorted(folder.glob("model*.safetensors"))):
+        return False
+    try:
+        with safe_open(shards[0], framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == "mlx"
+    except (OSError, SafetensorError):
+        return False
+
+
+def describe_mlx_folder(folder: Path) -> dict[str, Any]:
+    """A manifest for a folder that has none.
+
+    Raises:
+        ConfigError: not a Qwen2 that we run.
+        BackendError: a quantization that we do not run, named.
+        BundleError: files that cannot be read.
+    """
+    raw = read_json(folder / "config.json") or {}
+    quantization = raw.get("quantization") or raw.get("quantization_config")
+    if quantization is not None:
+        _require_affine(quantization)
+    tensors = _read_tensors(folder)
+    plain = {key: value for key, value in raw.items() if not key.startswith("quantization")}
+    plain.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
+    config = parse_config(plain, read_json(folder / "generation_config.json") or {})
+    norm = tensors.get("model.norm.weight")
+    if norm is None:
+        raise BundleError(f"{folder} has no model.norm.weight; expected a whole Qwen2 for MLX")
+    dtype = _DTYPES.get(norm.dtype, "bfloat16")
+    parts = _by_kind(tensors, config)
+    matrices = [part for kind, part in parts.items() if kind not in ("norms", "biases")]
+    stored = sum(part["bytes"] for part in matrices)
+    return {
+        "format_version": 1,
+        "target": "mlx",
+        "device": "any",
+        "dtype": dtype,
+        "source": {"id": folder.name, "sha256": {}},
+        "config": plain,
+        "quantization": quantization,
+        "scheme": _scheme_name(quantization),
+        "schemes": {},
+        "method": "unknown",
+        "parameters": config.parameters,
+        "bits_per_weight": round(8 * stored / sum(part["parameters"] for part in matrices), 4),
+        "by_kind": parts,
+        "weight_bytes": sum(tensor.bytes for tensor in tensors.values()),
+        "rope": {
+            "theta": config.rope.theta,
+            "factors": [config.rope.factor],
+            "original_max_position_embeddings": config.rope.original_max_position_embeddings
+            or config.rope.max_position_embeddings,
+            "attention_factors": [config.rope.attention_factor],
+            "max_context": config.rope.max_positions,
+        },
+        "inputs": [],
+        "optional_inputs": [],
+        "outputs": [],
+        "cache": {
+            "layers": config.num_hidden_layers,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "dtype": dtype,
+            "layout": "stepped",
+        },
+        "eos_token_ids": list(config.eos_token_ids),
+        "files": {
+            path.name: {"bytes": path.stat().st_size}
+            for path in sorted(folder.iterdir())
+            if path.is_file()
+        },
+        "quality": {},
+        "versions": {},
+    }
+
+
+def _require_affine(quantization: Any) -> None:
+    """Raises BackendError for modes, bits and groups that MLX's affine matmul does not have."""
+    if not isinstance(quantization, Mapping):
+        raise BackendError(f"quantization must be an object, got {quantization!r:.80}")
+    named = {path: part for path, part in quantization.items() if isinstance(part, Mapping)}
+    for place, settings in {"quantization": quantization, **named}.items():
+        mode = settings.get("mode", "affine")
+        if mode != "affine":
+            raise BackendError(
+                f"{place} has the mode {mode!r}; expected 'affine': make the folder again with "
+                "qwen2x export --to mlx, or mlx-lm's convert with -q alone"
+            )
+        bits, group_size = settings.get("bits", 4), settings.get("group_size") or 64
+        if bits not in BITS or group_size not in GROUP_SIZES:
+            raise BackendError(
+                f"{place} has {bits!r} bits in groups of {group_size!r}; expected bits of "
+                f"{', '.join(map(str, BITS))} and groups of {', '.join(map(str, GROUP_SIZES))}"
+            )
+
+
+def _read_tensors(folder: Path) -> dict[str, _Tensor]:
+    tensors: dict[str, _Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
+                    part = file.get_slice(name)
+                    tensors[name] = _Tensor(dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise BundleError(
+                f"{path} is not an intact safetensors file ({str(error).splitlines()[0]}); "
+                "fetch it again"
+            ) from None
+    unknown = sorted({tensor.dtype for tensor in tensors.values()} - set(_ITEM_BYTES))
+    if unknown:
+        raise BackendError(
+            f"{folder} holds tensors of {', '.join(unknown)}; expected "
+            f"{', '.join(_ITEM_BYTES)} (affine quantization or floats)"
+        )
+    return tensors
+
+
+def _by_kind(tensors: Mapping[str, _Tensor], config: Qwen2Config) -> dict[str, dict[str, float]]:
+    """Parameters, bytes and bits per weight of each part."""
+    parts: dict[str, dict[str, float]] = {}
+    for name, shape in config.expected_tensors().items():
+        part = parts.setdefault(kind_of(name), {"parameters": 0, "bytes": 0})
+        part["parameters"] += _Tensor(dtype="F32", shape=shape).elements
+        module = name.removesuffix(".weight")
+        names = (name, f"{module}.scales", f"{module}.biases")
+        part["bytes"] += sum(tensors[item].bytes for item in names if item in tensors)
+    for part in parts.values():
+        part["bits_per_weight"] = round(8 * part["bytes"] / part["parameters"], 4)
+    return parts
+
+
+def _scheme_name(quantization: Mapping[str, Any] | None) -> str:
+    if quantization is None:
+        return "float"
+    return f"int{quantization.get('bits', 4)}-g{quantization.get('group_size') or 64}"
