@@ -2,7 +2,8 @@
 
 mlx-lm 0.32 (``models/qwen2.py``, ``models/rope_utils.py``) drops keys that it does not know in
 silence. It reads ``rope_theta`` and ``rope_scaling`` but not ``rope_parameters``, ties the head
-unless it is told not to, and takes YaRN's attention factor from ``mscale`` alone.
+unless it is told not to, needs ``rms_norm_eps``, and takes YaRN's attention factor from ``mscale``
+alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.scheme import Scheme
 
-_DROPPED = ("_name_or_path", "rope_parameters", "rope_scaling", "rope_theta", "dtype")
+# The second row is what transformers does not read of a Qwen2, and mlx-lm would: other weights, an
+# architecture in a Python file, another order of the rotated pairs.
+_DROPPED = (
+    "_name_or_path", "rope_parameters", "rope_scaling", "rope_theta", "dtype",
+    "quantization", "quantization_config", "model_file", "rope_traditional",
+)  # fmt: skip
 _CLOSE = 1e-9
 
 
@@ -34,6 +40,7 @@ def mlx_config(
     written |= {
         "head_dim": config.head_dim,
         "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": rope.theta,
         "rope_scaling": _yarn(rope) if rope.is_yarn else None,
         "tie_word_embeddings": config.is_tied,
@@ -49,9 +56,11 @@ def mlx_config(
 
 def unread_by_mlx_lm(config: Qwen2Config) -> list[str]:
     """What mlx-lm ignores of a model that our own runtime follows, in words; mostly nothing."""
-    notes = []
-    if config.rope.is_yarn and not config.rope.truncate:
+    notes, rope = [], config.rope
+    if rope.is_yarn and not rope.truncate:
         notes.append("mlx-lm ignores rope_scaling's truncate: false and rounds YaRN's ramp")
+    if rope.is_yarn and rope.factor <= 1 and abs(rope.attention_factor - 1) > _CLOSE:
+        notes.append("mlx-lm takes 1 for attention_factor where YaRN's factor is not above 1")
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         notes.append("mlx-lm takes hidden_size / num_attention_heads for head_dim")
     return notes

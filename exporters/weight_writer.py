@@ -140,12 +140,19 @@ def _write_quantized(chunk: _Chunk, matrix: QuantizedMatrix, files: _DataFiles) 
     if weight.biases is not None:
         # Of the stored scale, so that both say the same; the zero point is a power of two, which
         # changes the exponent alone.
-        biases = scales * scales.dtype.type(-matrix.scheme.zero_point)
+        with np.errstate(over="ignore"):
+            biases = scales * scales.dtype.type(-matrix.scheme.zero_point)
+        if biases.dtype == np.float16 and not np.isfinite(biases).all():
+            largest = np.abs(matrix.scales).max() * matrix.scheme.zero_point
+            raise CheckpointError(
+                f"{chunk.source} needs biases beyond float16 (largest {largest:.4g}); "
+                "choose --dtype bfloat16 or float32"
+            )
         files.write(weight.biases, chunk.row, biases)
 
 
 def _require_close(stored: np.ndarray, scales: np.ndarray, source: str) -> None:
-    """Raises CheckpointError for scales that a float16 graph would change by over one percent."""
+    """Raises CheckpointError for scales that float16 would change by over one percent."""
     wide = stored.astype(np.float32)
     if np.isfinite(wide).all() and (np.abs(wide - scales) <= 0.01 * np.abs(scales)).all():
         return
