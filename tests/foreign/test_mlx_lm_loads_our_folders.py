@@ -51,7 +51,7 @@ YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
     "beta_fast": 8.0, "beta_slow": 2.0,
 }  # fmt: skip
-V5 = {"rope_theta": None, "torch_dtype": None, "dtype": "float32"}
+V5 = {"rope_theta": None, "torch_dtype": None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,19 +117,40 @@ def test_mlx_words_hold_code_zero_in_their_lowest_bits() -> None:
     np.testing.assert_array_equal(pack_mlx_words(codes, 8), expected)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_mlx_itself_reads_our_words(bits: int) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_mlx_itself_reads_our_words(scheme: Scheme) -> None:
     mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
-    matrix = random_matrix(Scheme(bits=bits, group_size=64))
+    matrix = random_matrix(scheme)
     scales = mx.array(matrix.scales)
     restored = mx.dequantize(
-        mx.array(pack_mlx_words(matrix.codes, bits)),
+        mx.array(pack_mlx_words(matrix.codes, scheme.bits)),
         scales,
-        -scales * matrix.scheme.zero_point,
-        group_size=64,
-        bits=bits,
+        -scales * scheme.zero_point,
+        group_size=scheme.group_size,
+        bits=scheme.bits,
     )
     np.testing.assert_allclose(np.array(restored), dequantize(matrix), atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_words_scales_and_biases_are_those_of_mlxs_own_quantizer(scheme: Scheme) -> None:
+    # It puts the longer side of a group on that side's last code: with the first and the last code
+    # in every group, and scales that are powers of two of either sign, it has no choice but ours.
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    matrix = random_matrix(scheme)
+    codes = matrix.codes.copy()
+    codes[:, 0 :: scheme.group_size] = 0
+    codes[:, 1 :: scheme.group_size] = scheme.max_code
+    random = np.random.default_rng(3)
+    exponents = random.integers(-9, -3, matrix.scales.shape)
+    scales = (np.exp2(exponents) * random.choice([-1, 1], exponents.shape)).astype(np.float32)
+    values = dequantize(QuantizedMatrix(codes=codes, scales=scales, scheme=scheme))
+    words, their_scales, their_biases = mx.quantize(
+        mx.array(values), group_size=scheme.group_size, bits=scheme.bits
+    )
+    assert pack_mlx_words(codes, scheme.bits).tobytes() == np.array(words).tobytes()
+    np.testing.assert_array_equal(np.array(their_scales), scales)
+    np.testing.assert_array_equal(np.array(their_biases), -scales * scheme.zero_point)
 
 
 @given(
