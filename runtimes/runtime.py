@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import operator
+import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +27,7 @@ class Runtime(Protocol):
 
     Attributes:
         folder: where tokenizer and generation config lie.
-        backend: ``onnx``, ``torch``, ...; device: ``cpu`` or ``cuda``.
+        backend: ``onnx``, ``mlx`` or ``torch``; device: ``cpu``, ``cuda`` or ``metal``.
         dtype: float type of activations and cache.
         vocab_size: columns of the logits; the tokenizer may know fewer.
         max_context: positions that the model can be used for.
@@ -113,9 +115,10 @@ def open_runtime(
 
     Args:
         path: the folder.
-        backend: ``onnx`` or ``torch``; by default what the bundle was made for.
-        device: ``cpu``, ``cuda``, or ``auto``: what the bundle was made for, if it is here.
-        threads: threads within an operator; by default one per physical core.
+        backend: ``onnx``, ``mlx`` or ``torch``; by default what the bundle was made for.
+        device: ``cpu``, ``cuda``, ``metal`` (with mlx), or ``auto``: with onnx what the bundle was
+            made for, if it is here; with mlx and torch a GPU, if there is one.
+        threads: threads within an operator; by default one per physical core. MLX decides itself.
         verify: hash every file of the bundle first.
         prefill_chunk: tokens of a prompt that are run at once.
 
@@ -126,32 +129,42 @@ def open_runtime(
     folder = Path(path)
     if prefill_chunk < 1:
         raise BackendError(f"prefill_chunk must be 1 or more, got {prefill_chunk}")
-    if backend not in (None, "onnx", "torch"):
-        raise BackendError(f"backend must be 'onnx' or 'torch', got {backend!r}")
+    if backend not in (None, "onnx", "mlx", "torch"):
+        raise BackendError(f"backend must be 'onnx', 'mlx' or 'torch', got {backend!r}")
     if backend == "torch" or (backend is None and not is_bundle(folder) and _is_source(folder)):
         if is_bundle(folder):
             raise BackendError(
                 f"{folder} is a bundle, which torch cannot run; give the checkpoint it was made of"
             )
-        module = _import_backend("qwen2x.runtimes.torch_runtime", "torch", "torch")
+        module = _import_backend("torch")
         return cast(Runtime, module.TorchRuntime(folder, device=device, threads=threads))
     bundle = open_bundle(folder, verify=verify)
-    if bundle.target != "onnx":
+    if backend not in (None, bundle.target):
         raise BackendError(
-            f"{folder} is made for {bundle.target}, the backend is onnx; export it with --to onnx"
+            f"{folder} is made for {bundle.target}, the backend is {backend}; "
+            f"export it with --to {backend}"
         )
-    module = _import_backend("qwen2x.runtimes.onnx_runtime", "onnxruntime", "cpu")
+    module = _import_backend(bundle.target)
+    if bundle.target == "mlx":
+        mlx = module.MlxRuntime(bundle, device=device, prefill_chunk=prefill_chunk)
+        return cast(Runtime, mlx)
     return cast(
         Runtime,
         module.OnnxRuntime(bundle, device=device, threads=threads, prefill_chunk=prefill_chunk),
     )
 
 
+def default_backend() -> str:
+    """What to export for where nobody says: ``mlx`` on Apple silicon, else ``onnx``."""
+    is_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
+    return "mlx" if is_apple_silicon else "onnx"
+
+
 class CacheBookkeeping:
     """What every runtime with one cache does alike: checks, chunks, and which tokens are in it.
 
     A subclass implements ``_run`` (append a chunk, give the logits of its last rows) and
-    ``_truncate_cache``.
+    ``_truncate_cache``; it may implement ``_reserve`` (make room before the first chunk).
     """
 
     max_context: int
@@ -172,6 +185,7 @@ class CacheBookkeeping:
         self._require_fits(token_ids)
         if not 1 <= keep <= len(token_ids):
             raise RequestError(f"keep must be in 1..{len(token_ids)}, got {keep}")
+        self._reserve(self.cache_length + len(token_ids))
         rows: list[Logits] = []
         for start in range(0, len(token_ids), self.prefill_chunk):
             chunk = token_ids[start : start + self.prefill_chunk]
@@ -218,6 +232,9 @@ class CacheBookkeeping:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _reserve(self, length: int) -> None:
+        """Told the length that the cache is about to have."""
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         raise NotImplementedError
@@ -282,13 +299,35 @@ def _is_source(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _import_backend(module: str, library: str, extra: str) -> Any:
+# By backend: its module, the libraries that may be missing, and the extra that has them.
+_BACKENDS = {
+    "onnx": ("qwen2x.runtimes.onnx_runtime", ("onnxruntime",), "cpu"),
+    "mlx": ("qwen2x.runtimes.mlx_runtime", ("mlx", "libmlx"), "mlx"),
+    "torch": ("qwen2x.runtimes.torch_runtime", ("torch", "transformers"), "torch"),
+}
+
+
+def _import_backend(backend: str) -> Any:
+    module, libraries, extra = _BACKENDS[backend]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in (library, "transformers"):
+    except ImportError as error:
+        # MLX without its core fails as a shared library that is not found, which has no name.
+        missing = (error.name or str(error)).split(".")[0]
+        if missing not in libraries:
             raise
         raise BackendError(
-            f"{error.name} is not installed; expected by this backend: "
-            f'pip install "qwen2x[{extra}]"'
+            f"{missing} is not installed; expected by this backend: "
+            f'pip install "qwen2x[{extra}]"{_where(backend)}'
         ) from None
+
+
+def _where(backend: str) -> str:
+    """What else to know of an extra on this platform."""
+    if backend != "mlx":
+        return ""
+    if sys.platform == "linux":
+        return ', or for an NVIDIA GPU "mlx[cuda13]"'
+    if sys.platform == "darwin":
+        return "" if platform.machine() == "arm64" else " on a Mac with Apple silicon"
+    return " on macOS or Linux; here, export with --to onnx"

@@ -1,0 +1,345 @@
+"""Qwen2 in MLX: the forward pass, over a cache that is handed to it, and its weights from a folder.
+
+Modules are named as in the checkpoint. Axes: B batch, S new tokens, H query heads, K key-value
+heads, D head size, C positions that a cache has room for. Arithmetic follows transformers
+(``modeling_qwen2.py``); angles, rotation, scores and softmax are in float32 whatever the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from qwen2x.exporters.config import Qwen2Config
+from qwen2x.quantize.errors import BundleError
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+# Head sizes for which MLX has fused attention for one query and for many, on Metal and on CUDA.
+_FUSED_HEAD_SIZES = (64, 96, 128)
+# On Metal, up to 8 queries take the vector kernel, which holds 32 rows of queries and groups.
+_VECTOR_QUERIES, _VECTOR_ROWS = 8, 32
+_NAMED = 3
+
+
+class Cache(Protocol):
+    """Takes a layer's new keys and values, and gives what its queries make of all of them."""
+
+    def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Queries [B, H, S, D], keys and values [B, K, S, D], all rotated; gives [B, H, S, D]."""
+        ...
+
+
+class Place(Protocol):
+    """Where new positions go in buffers [B, K, C, columns], and who may see which position."""
+
+    @property
+    def mask(self) -> mx.array | str | None:
+        """As ``scaled_dot_product_attention`` takes it."""
+        ...
+
+    def write(self, buffers: list[mx.array], index: int, new: mx.array) -> mx.array:
+        """Puts new [B, K, S, columns] into a buffer; gives the positions that there are to see."""
+        ...
+
+
+class Slices:
+    """Positions start..stop, written in place; what is seen ends with them. For eager runs."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self._start, self._stop = start, stop
+        self.mask = "causal" if stop - start > 1 else None
+
+    def write(self, buffers: list[mx.array], index: int, new: mx.array) -> mx.array:
+        """See ``Place``."""
+        buffers[index][:, :, self._start : self._stop] = new
+        return buffers[index][:, :, : self._stop]
+
+
+class Whole:
+    """Positions from offset (int32 [1]) on; all C are seen, under a mask. For traced functions."""
+
+    def __init__(self, offset: mx.array, count: int, capacity: int) -> None:
+        self._offset = offset
+        # bool [S, C]
+        self.mask = mx.arange(capacity) <= (offset + mx.arange(count))[:, None]
+
+    def write(self, buffers: list[mx.array], index: int, new: mx.array) -> mx.array:
+        """See ``Place``; the list gets another array, the old one stays as it was."""
+        buffers[index] = mx.slice_update(buffers[index], new, self._offset, axes=(2,))
+        return buffers[index]
+
+
+class FloatCache:
+    """Keys and values as they are: buffers 2i and 2i + 1, [B, K, C, D], belong to layer i."""
+
+    def __init__(self, buffers: list[mx.array], place: Place) -> None:
+        self.buffers = buffers
+        self._place = place
+
+    def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """See ``Cache``."""
+        keys = self._place.write(self.buffers, 2 * layer, keys)
+        values = self._place.write(self.buffers, 2 * layer + 1, values)
+        return attention(queries, keys, values, self._place.mask)
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
+) -> mx.array:
+    """Scaled dot product attention [B, H, S, D] with scores in float32.
+
+    MLX's fused kernels (on a GPU) sum in float32; what it does without one computes scores in the
+    type of its inputs, which is wrong on Qwen2 in 16 bits (transformers #33317).
+    """
+    dtype, scale = queries.dtype, queries.shape[-1] ** -0.5
+    if not _is_fused(queries, keys):
+        queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+    mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    return mixed.astype(dtype)
+
+
+def _is_fused(queries: mx.array, keys: mx.array) -> bool:
+    """By ``has_fused_kernel`` in scaled_dot_product_attention.cpp of MLX 0.32.4 (Metal)."""
+    count, groups = queries.shape[2], queries.shape[1] // keys.shape[1]
+    is_vector = count <= _VECTOR_QUERIES
+    return (
+        mx.default_device().type == mx.gpu
+        and queries.shape[-1] in _FUSED_HEAD_SIZES
+        and not (is_vector and count * groups > _VECTOR_ROWS)
+    )
+
+
+class Rotary(NamedTuple):
+    """Factors of ``rotate``: float32 [S, 2, D/2] each, cosines twice, and sines with signs."""
+
+    cosines: mx.array
+    sines: mx.array
+
+
+def rotate(x: mx.array, rotary: Rotary) -> mx.array:
+    """Rotates pairs (i, i + D/2) of [B, S, heads, D], in float32; the type stays."""
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    rotary = Rotary(*(part[:, None] for part in rotary))
+    # A view from back to front: the other half beside each half, without a copy.
+    rotated = halves * rotary.cosines + halves[..., ::-1, :] * rotary.sines
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+class Attention(nn.Module):  # type: ignore[misc]
+    """Grouped-query attention; q, k and v have biases."""
+
+    def __init__(self, config: Qwen2Config, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        hidden = config.hidden_size
+        self.q_proj = nn.Linear(hidden, config.query_size)
+        self.k_proj = nn.Linear(hidden, config.key_value_size)
+        self.v_proj = nn.Linear(hidden, config.key_value_size)
+        self.o_proj = nn.Linear(config.query_size, hidden, bias=False)
+
+    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache) -> mx.array:
+        """Gives [B, S, hidden] for x [B, S, hidden]."""
+        rows = x.shape[:2]
+        queries = rotate(self.q_proj(x).reshape(*rows, self.heads, -1), rotary)
+        keys = rotate(self.k_proj(x).reshape(*rows, self.key_value_heads, -1), rotary)
+        values = self.v_proj(x).reshape(*rows, self.key_value_heads, -1)
+        by_head = (part.transpose(0, 2, 1, 3) for part in (queries, keys, values))
+        mixed = cache.attend(self.layer, *by_head)
+        gathered: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*rows, -1))
+        return gathered
+
+
+class Mlp(nn.Module):  # type: ignore[misc]
+    """The gated feed-forward block."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Gives [B, S, hidden] for x [B, S, hidden]."""
+        gate = self.gate_proj(x)
+        mixed: mx.array = self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+        return mixed
+
+
+class Layer(nn.Module):  # type: ignore[misc]
+    """Attention and feed-forward, each behind a norm and beside the residual."""
+
+    def __init__(self, config: Qwen2Config, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = Mlp(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache) -> mx.array:
+        """Gives [B, S, hidden] for x [B, S, hidden]."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return x
+
+
+class Decoder(nn.Module):  # type: ignore[misc]
+    """What the checkpoint calls ``model``: embedding, layers, last norm."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Layer(config, index) for index in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Qwen2(nn.Module):  # type: ignore[misc]
+    """A Qwen2 model. A tied head is the embedding, used as a linear layer."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        if not config.is_tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._frequencies = mx.array(config.rope.inverse_frequencies())
+        self._attention_factor = config.rope.attention_factor
+
+    def __call__(
+        self, token_ids: mx.array, positions: mx.array, cache: Cache, keep: int | mx.array
+    ) -> mx.array:
+        """Logits float32 [B, keep, V] of the last rows.
+
+        Args:
+            token_ids: int32 [B, S].
+            positions: int32 [S], of the columns.
+            cache: gets the keys and values.
+            keep: rows whose logits are wanted: so many of the last, or their indices int32 [keep].
+        """
+        x = self.model.embed_tokens(token_ids)
+        cosines, sines = self.angles(positions)
+        rotary = Rotary(mx.stack([cosines, cosines], 1), mx.stack([-sines, sines], 1))
+        for layer in self.model.layers:
+            x = layer(x, rotary, cache)
+        kept = x[:, -keep:] if isinstance(keep, int) else mx.take(x, keep, axis=1)
+        head = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
+        logits: mx.array = head(self.model.norm(kept))
+        return logits.astype(mx.float32)
+
+    def angles(self, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Cosines and sines of int32 [S] positions, float32 [S, D/2], times the YaRN magnitude.
+
+        The product of position and frequency is rounded to float32, as transformers does.
+        """
+        angles = positions.astype(mx.float32)[:, None] * self._frequencies
+        return mx.cos(angles) * self._attention_factor, mx.sin(angles) * self._attention_factor
+
+
+def step(
+    model: Qwen2, token_ids: mx.array, offset: mx.array, buffers: Sequence[mx.array]
+) -> tuple[mx.array, list[mx.array]]:
+    """One run as a pure function, to be compiled or exported.
+
+    Args:
+        model: its parameters are read at the time of the call.
+        token_ids: int32 [1, S].
+        offset: int32 [1], positions that the buffers hold already.
+        buffers: keys and values of layer 0, of layer 1, ...: [1, K, C, D] each, 2 per layer.
+
+    Returns:
+        Logits float32 [1, V] of the last row, and the buffers after the run.
+    """
+    count = token_ids.shape[1]
+    cache = FloatCache(list(buffers), Whole(offset, count, buffers[0].shape[2]))
+    logits = model(token_ids, offset + mx.arange(count), cache, keep=1)
+    return logits[:, -1], cache.buffers
+
+
+def build_model(config: Qwen2Config, quantization: Mapping[str, Any] | None, dtype: str) -> Qwen2:
+    """A model whose parameters have their shapes and types, and no values worth having.
+
+    Nothing is computed until a parameter is evaluated.
+
+    Raises:
+        BundleError: settings of the quantization that MLX or this model cannot take.
+    """
+    model = Qwen2(config)
+    model.set_dtype(DTYPES[dtype])
+    if quantization is None:
+        return model
+
+    def settings_of(path: str, module: nn.Module) -> dict[str, Any] | bool:
+        if not hasattr(module, "to_quantized"):
+            return False
+        settings = quantization.get(path, quantization)
+        if settings is False:
+            return False
+        mode = settings.get("mode", "affine")
+        if mode != "affine":
+            raise BundleError(f"{path} has quantization mode {mode!r}; expected 'affine'")
+        return {"group_size": settings["group_size"], "bits": settings["bits"], "mode": mode}
+
+    try:
+        nn.quantize(model, class_predicate=settings_of)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if isinstance(error, BundleError):
+            raise
+        raise BundleError(f"the quantization settings do not fit the model: {error!r}") from None
+    return model
+
+
+def load_model(
+    folder: Path, config: Qwen2Config, quantization: Mapping[str, Any] | None, dtype: str
+) -> Qwen2:
+    """The model with the weights of ``model*.safetensors``, evaluated.
+
+    Raises:
+        BundleError: tensors that are missing, surplus, of another shape, or integers where floats
+            belong. Floats of another size are converted.
+    """
+    model = build_model(config, quantization, dtype)
+    expected = dict(tree_flatten(model.parameters()))
+    tensors: dict[str, mx.array] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            loaded: Any = mx.load(str(path))
+        except (RuntimeError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        tensors |= loaded
+    _require_fit(folder, expected, tensors)
+    typed = [(name, tensor.astype(expected[name].dtype)) for name, tensor in tensors.items()]
+    del tensors
+    model.update(tree_unflatten(typed))
+    mx.eval(model.parameters())
+    return model
+
+
+def _require_fit(folder: Path, expected: dict[str, mx.array], found: dict[str, mx.array]) -> None:
+    unlike = [
+        f"{name} ({_kind(found[name])}, expected {_kind(expected[name])})"
+        for name in sorted(expected.keys() & found.keys())
+        if _kind(found[name]) != _kind(expected[name])
+    ]
+    wrong = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "surplus": sorted(found.keys() - expected.keys()),
+        "unlike": unlike,
+    }
+    if any(wrong.values()):
+        listed = "; ".join(f"{how}: {_enumerate(names)}" for how, names in wrong.items() if names)
+        raise BundleError(f"{folder} does not hold the tensors of its model; {listed}")
+
+
+def _kind(array: mx.array) -> str:
+    is_float = mx.issubdtype(array.dtype, mx.floating)
+    return f"{'float' if is_float else str(array.dtype).split('.')[-1]} {list(array.shape)}"
+
+
+def _enumerate(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

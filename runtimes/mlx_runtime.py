@@ -1,0 +1,137 @@
+"""A bundle's MLX folder in MLX: on Metal, on CUDA, or on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+# Read by MLX at its first product: float32 means float32 on matrix units too.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
+import mlx.core as mx
+import numpy as np
+
+from qwen2x.exporters.bundle import Bundle
+from qwen2x.exporters.mlx_model import FloatCache, Slices, load_model
+from qwen2x.quantize.errors import BackendError
+from qwen2x.runtimes.mlx_cache import Buffers, float_layout
+from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
+
+
+class MlxRuntime(CacheBookkeeping):
+    """One model with one cache; see ``Runtime`` for what its methods give."""
+
+    backend = "mlx"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        prefill_chunk: int = DEFAULT_CHUNK,
+    ) -> None:
+        super().__init__()
+        self.bundle = bundle
+        self.folder = bundle.folder
+        self.device = choose_device(device)
+        self.dtype = bundle.dtype
+        self.vocab_size = bundle.vocab_size
+        self.max_context = bundle.max_context
+        self.eos_token_ids = bundle.eos_token_ids
+        self.weight_bytes = bundle.weight_bytes
+        self.bits_per_weight = bundle.bits_per_weight
+        self.prefill_chunk = prefill_chunk
+        self._mx_device = mx.cpu if self.device == "cpu" else mx.gpu
+        self._layout = float_layout(bundle.cache)
+        self._buffers = Buffers(self._layout)
+        with mx.stream(self._mx_device):
+            self._model: Any = load_model(
+                bundle.folder, bundle.model_config, bundle.quantization, bundle.dtype
+            )
+
+    def logits(
+        self,
+        token_ids: TokenIds,
+        *,
+        lengths: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> Logits:
+        """See ``Runtime.logits``. Padding stands behind what is valid, which never sees it."""
+        _, places = self._require_rows(token_ids, lengths, positions)
+        batch, sequence = token_ids.shape
+        rows = np.empty((batch, sequence, self.vocab_size), np.float32)
+        with mx.stream(self._mx_device):
+            buffers = Buffers(self._layout, batch=batch)
+            buffers.reserve(sequence)
+            for start in range(0, sequence, self.prefill_chunk):
+                stop = min(sequence, start + self.prefill_chunk)
+                rows[:, start:stop] = self._model(
+                    mx.array(token_ids[:, start:stop], mx.int32),
+                    mx.array(places[start:stop], mx.int32),
+                    FloatCache(buffers.arrays, Slices(start, stop)),
+                    keep=stop - start,
+                )
+        return rows
+
+    def close(self) -> None:
+        """Gives model and cache back."""
+        self._model = None
+        self._buffers.clear()
+
+    def _reserve(self, length: int) -> None:
+        with mx.stream(self._mx_device):
+            self._buffers.reserve(length)
+
+    def _run(self, token_ids: TokenIds, keep: int) -> Logits:
+        with mx.stream(self._mx_device):
+            rows = self._forward(mx.array(token_ids, mx.int32), self.cache_length, keep)
+            mx.eval(rows, self._buffers.arrays)
+            kept: Logits = np.array(rows[0])
+        if token_ids.shape[1] > 1:
+            mx.clear_cache()
+        return kept
+
+    def _forward(self, token_ids: mx.array, past: int, keep: int) -> mx.array:
+        """Logits float32 [1, keep, V], not evaluated yet, of int32 [1, S] behind ``past``."""
+        total = past + token_ids.shape[1]
+        self._buffers.reserve(total)
+        cache = FloatCache(self._buffers.arrays, Slices(past, total))
+        rows: mx.array = self._model(token_ids, mx.arange(past, total), cache, keep)
+        return rows
+
+    def _truncate_cache(self, length: int) -> None:
+        """Later positions are overwritten; an empty cache gives its memory back."""
+        if length == 0:
+            self._buffers.clear()
+
+
+def available_devices() -> list[str]:
+    """Devices that this MLX can use; the fastest first."""
+    gpus = [("metal", mx.metal), ("cuda", getattr(mx, "cuda", None))]
+    return [name for name, module in gpus if module and module.is_available()] + ["cpu"]
+
+
+_INSTALL = {
+    "metal": 'needs a Mac with Apple silicon; there, pip install "qwen2x[mlx]"',
+    "cuda": 'pip install "mlx[cuda13]" (Linux with an NVIDIA GPU; mlx[cuda12] for older drivers)',
+}
+
+
+def choose_device(device: str) -> str:
+    """The device of that name; ``auto`` is the fastest.
+
+    Raises:
+        BackendError: it is not here.
+    """
+    available = available_devices()
+    if device == "auto":
+        return available[0]
+    if device not in ("cpu", *_INSTALL):
+        raise BackendError(f"device must be auto, cpu, metal or cuda, got {device!r}")
+    if device not in available:
+        raise BackendError(
+            f"MLX {version('mlx')} has no {device} here: {_INSTALL[device]}; or use --device cpu"
+        )
+    return device

@@ -1,0 +1,421 @@
+"""Caches, devices and weights of the MLX runtime. The judge is transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen2x.exporters.bundle import MANIFEST, describe_files, write_manifest
+from qwen2x.quantize.errors import BackendError, BundleError, RequestError
+from qwen2x.runtimes import runtime as runtime_module
+from qwen2x.runtimes.runtime import Logits, Runtime, default_backend, open_runtime
+from tests.runtimes.conftest import MakeBundle
+from tests.tiny_checkpoint import EXAMPLE, write_tiny_checkpoint
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+
+# Against transformers: other orders of summing, over logits of size 5.
+FLOAT32_LOGITS = 5e-5
+# float16 keeps 11 bits, bfloat16 8; two layers of them, against transformers in float32.
+HALF_LOGITS = {"float16": 0.05, "bfloat16": 0.4}
+# Between two ways through one graph: rows of a matrix product are summed alike or nearly.
+FLOAT32_SELF = 2e-5
+PROMPT = np.random.default_rng(0).integers(0, 2016, 120).tolist()
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.fixture(scope="module")
+def opened(make_bundle: MakeBundle, random_checkpoint: Path) -> Iterator[Runtime]:
+    bundle = make_bundle(random_checkpoint, target="mlx", dtype="float32")
+    with open_runtime(bundle, prefill_chunk=32) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def runtime(opened: Runtime) -> Runtime:
+    opened.reset()
+    return opened
+
+
+@pytest.fixture(scope="module")
+def expected(random_torch: Runtime) -> Logits:
+    """Transformers' logits of the prompt [S, V]."""
+    rows: Logits = random_torch.logits(np.array([PROMPT]))[0]
+    return rows
+
+
+def near(found: Logits, wanted: Logits, atol: float = FLOAT32_LOGITS) -> None:
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, wanted, atol=atol, rtol=0)
+
+
+def test_whole_rows_are_those_of_transformers(runtime: Runtime, expected: Logits) -> None:
+    near(runtime.logits(np.array([PROMPT]))[0], expected)
+    assert runtime.cache_length == 0
+
+
+def test_token_by_token_equals_the_whole_while_the_cache_grows(
+    runtime: Runtime, random_torch: Runtime
+) -> None:
+    tokens = (PROMPT * 3)[:300]
+    rows = np.stack([runtime.decode(token) for token in tokens])
+    near(rows, random_torch.logits(np.array([tokens]))[0])
+    assert runtime._buffers.capacity == 512  # type: ignore[attr-defined]
+
+
+def test_a_prompt_in_chunks_equals_the_whole(runtime: Runtime, expected: Logits) -> None:
+    near(runtime.prefill(PROMPT[:100]), expected[99])
+    near(runtime.append(PROMPT[100:], keep=20), expected[100:])
+    assert runtime.cached_ids == PROMPT
+
+
+@pytest.mark.parametrize("keep", [1, 2, 31, 32, 33, 65, 120])
+def test_append_keeps_the_last_rows_across_chunks(
+    runtime: Runtime, expected: Logits, keep: int
+) -> None:
+    rows = runtime.append(PROMPT, keep=keep)
+    assert rows.shape == (keep, 2048)
+    near(rows, expected[-keep:])
+
+
+def test_a_truncated_cache_goes_on_as_if_the_rest_had_never_been(
+    runtime: Runtime, expected: Logits
+) -> None:
+    runtime.prefill(PROMPT[:70])
+    runtime.append([5, 6, 7, 8] * 10)
+    for length in (50, 31, 1):
+        runtime.truncate(length)
+    near(runtime.decode(PROMPT[1]), expected[1])
+    near(runtime.append(PROMPT[2:], keep=118), expected[2:])
+    runtime.reset()
+    assert runtime._buffers.capacity == 0  # type: ignore[attr-defined]
+    near(runtime.prefill(PROMPT[:3]), expected[2])
+
+
+def test_rows_of_a_batch_equal_each_row_alone_whatever_the_padding(
+    runtime: Runtime, expected: Logits
+) -> None:
+    lengths = [40, 17, 1]
+    padded = np.full((3, 40), 2015)
+    for row, length in enumerate(lengths):
+        padded[row, :length] = PROMPT[:length]
+    found = runtime.logits(padded, lengths=lengths)
+    for row, length in enumerate(lengths):
+        near(found[row, :length], expected[:length])
+
+
+def test_a_jump_of_positions_needs_no_single_row(runtime: Runtime, random_torch: Runtime) -> None:
+    ids = np.array([PROMPT[:60], PROMPT[60:]])
+    end = runtime.max_context
+    jump = [*range(8), *range(end - 52, end)]
+    near(runtime.logits(ids, positions=jump), random_torch.logits(ids, positions=jump))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_scaling": YARN},
+        {"rope_scaling": YARN | {"truncate": False}},
+        {"rope_scaling": YARN | {"attention_factor": 1.5}, "head_dim": 64, "is_tied": False},
+    ],
+    ids=["plain", "yarn", "yarn without truncate", "attention factor, head size, own head"],
+)
+def test_far_positions_are_those_of_transformers(
+    tmp_path: Path, make_bundle: MakeBundle, changes: dict[str, Any]
+) -> None:
+    native = 32768 if "rope_scaling" in changes else 131072
+    source = write_tiny_checkpoint(
+        tmp_path / "far", dtype="float32", max_position_embeddings=native, rope_theta=1e6, **changes
+    )
+    ids = np.array([PROMPT])
+    places = [*range(40), 32767, 32768, 65535, *range(131072 - 77, 131072)]
+    bundle = make_bundle(source, target="mlx", dtype="float32")
+    with open_runtime(bundle) as ours, open_runtime(source, backend="torch") as theirs:
+        assert ours.max_context == 131072
+        near(ours.logits(ids, positions=places), theirs.logits(ids, positions=places))
+
+
+@pytest.mark.parametrize("dtype", HALF_LOGITS)
+def test_sixteen_bit_models_stay_near_and_agree_with_themselves(
+    make_bundle: MakeBundle, random_checkpoint: Path, expected: Logits, dtype: str
+) -> None:
+    bundle = make_bundle(random_checkpoint, target="mlx", dtype=dtype)
+    with open_runtime(bundle, prefill_chunk=50) as runtime:
+        whole = runtime.logits(np.array([PROMPT]))[0]
+        near(whole, expected, HALF_LOGITS[dtype])
+        near(runtime.append(PROMPT, keep=len(PROMPT)), whole, HALF_LOGITS[dtype] / 4)
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8, "dtype": "float32"}], ids=str)
+def test_quantized_models_equal_transformers_with_their_weights(
+    tmp_path: Path, make_bundle: MakeBundle, random_checkpoint: Path, options: dict[str, Any]
+) -> None:
+    bundle = make_bundle(random_checkpoint, target="mlx", **options)
+    source = dequantized_checkpoint(bundle, random_checkpoint, tmp_path / "source")
+    with open_runtime(bundle) as ours, open_runtime(source, backend="torch") as theirs:
+        found, wanted = ours.logits(np.array([PROMPT])), theirs.logits(np.array([PROMPT]))
+        near(found, wanted, HALF_LOGITS.get(ours.dtype, FLOAT32_LOGITS))
+        stepped = np.stack([ours.decode(token) for token in PROMPT[:40]])
+        near(stepped, found[0, :40], 0.1 if ours.dtype == "bfloat16" else FLOAT32_SELF)
+
+
+def dequantized_checkpoint(bundle: Path, source: Path, folder: Path) -> Path:
+    """A Hugging Face folder with the floats that a bundle's codes stand for."""
+    shutil.copytree(source, folder)
+    settings = json.loads((bundle / "config.json").read_text("utf-8"))["quantization"]
+    tensors: dict[str, Any] = mx.load(str(bundle / "model.safetensors"))
+    floats = {}
+    for name, tensor in tensors.items():
+        path, _, part = name.rpartition(".")
+        own = settings.get(path, settings)
+        if part == "weight" and f"{path}.scales" in tensors:
+            scales, biases = tensors[f"{path}.scales"], tensors[f"{path}.biases"]
+            tensor = mx.dequantize(tensor, scales, biases, own["group_size"], own["bits"])
+        if part not in ("scales", "biases"):
+            floats[name] = tensor.astype(mx.float32)
+    mx.save_safetensors(str(folder / "model.safetensors"), floats, {"format": "pt"})
+    return folder
+
+
+def test_the_last_position_of_the_context_is_the_last(runtime: Runtime) -> None:
+    runtime.prefill((PROMPT * 5)[:512])
+    with pytest.raises(RequestError, match="513 positions are needed, the context has 512"):
+        runtime.decode(1)
+    runtime.truncate(511)
+    assert np.isfinite(runtime.decode(1)).all()
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was(runtime: Runtime, expected: Logits) -> None:
+    runtime.prefill(PROMPT[:10])
+    for call in (
+        lambda: runtime.prefill([]),
+        lambda: runtime.decode(2048),
+        lambda: runtime.append([1, 2], keep=3),
+        lambda: runtime.truncate(11),
+    ):
+        with pytest.raises(RequestError):
+            call()
+    near(runtime.decode(PROMPT[10]), expected[10])
+
+
+def test_ctrl_c_between_two_layers_leaves_the_cache_as_it_was(
+    runtime: Runtime, expected: Logits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.prefill(PROMPT[:10])
+    layer: Any = runtime._model.model.layers[1]  # type: ignore[attr-defined]
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer.mlp), "__call__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.append([7] * 20)
+    assert runtime.cached_ids == PROMPT[:10]
+    near(runtime.decode(PROMPT[10]), expected[10])
+
+
+def test_a_cache_beyond_the_memory_is_refused_before_it_is_made(
+    runtime: Runtime, expected: Logits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.prefill(PROMPT[:10])
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen2x.runtimes.mlx_cache.free_bytes", lambda: 1000)
+        with pytest.raises(RequestError, match=r"cache for 512 .*0\.00 GB are free") as caught:
+            runtime.prefill(PROMPT * 3)
+    assert "\n" not in str(caught.value)
+    assert runtime.cached_ids == PROMPT[:10]
+    near(runtime.decode(PROMPT[10]), expected[10])
+
+
+def test_a_step_does_not_copy_the_cache(make_bundle: MakeBundle, random_checkpoint: Path) -> None:
+    bundle = make_bundle(random_checkpoint, target="mlx", dtype="float32")
+    with open_runtime(bundle) as runtime:
+        runtime.prefill((PROMPT * 2)[:240])
+        cache: Any = runtime._buffers  # type: ignore[attr-defined]
+
+        def peak_of(tokens: list[int]) -> int:
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            for token in tokens:
+                runtime.decode(token)
+            return int(mx.get_peak_memory() - before)
+
+        size = cache.capacity * cache.layout.bytes_per_position
+        # Over 256 tokens the cache doubles; its four buffers are copied one after the other.
+        assert peak_of(PROMPT[:20]) < 1.6 * size
+        assert cache.capacity * cache.layout.bytes_per_position == 2 * size
+        # Without growth, scores and logits are all; a copy of a buffer would be half of size.
+        assert peak_of((PROMPT * 2)[:236]) < size / 4
+        held = list(cache.arrays)
+        assert peak_of(PROMPT[:1]) < size / 4
+        held = [array[:, :, :1] for array in held]
+        mx.eval(held)
+        assert peak_of(PROMPT[:1]) > size / 2, "the figures above would not show a copy"
+
+
+def test_facts_are_those_of_the_bundle(make_bundle: MakeBundle, random_checkpoint: Path) -> None:
+    bundle = make_bundle(random_checkpoint, target="mlx", bits=4)
+    with open_runtime(bundle) as runtime:
+        assert runtime.backend == "mlx"
+        assert runtime.device in ("cpu", "metal", "cuda")
+        assert (runtime.vocab_size, runtime.max_context) == (2048, 512)
+        assert runtime.folder == bundle
+        assert 4 < runtime.bits_per_weight < 9
+        runtime.prefill([1, 2, 3])
+    runtime.close()
+
+
+def rewritten(folder: Path, tensors: dict[str, Any]) -> Path:
+    """The folder with other weights, and a manifest that agrees."""
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    write_manifest(folder, {**manifest, "files": describe_files(folder, without=[MANIFEST])})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
+        (lambda t: t.update(more=mx.zeros(3)), "surplus: more"),
+        (
+            lambda t: t.update({"model.norm.weight": mx.zeros(64)}),
+            r"unlike: model\.norm\.weight \(float \[64\], expected float \[128\]\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": mx.zeros(128, mx.uint32)}),
+            r"unlike: model\.norm\.weight \(uint32 \[128\]",
+        ),
+        (
+            lambda t: [t.pop(name) for name in list(t) if "layers.0" in name],
+            r"missing: model\.layers\.0\.\S+, \S+, \S+ and 2\d more$",
+        ),
+    ],
+    ids=["missing", "surplus", "shape", "integers", "many"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, make_bundle: MakeBundle, random_checkpoint: Path, change: Any, message: str
+) -> None:
+    bundle = make_bundle(random_checkpoint, target="mlx", bits=4)
+    folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    tensors = mx.load(str(folder / "model.safetensors"))
+    mx.eval(tensors)
+    change(tensors)
+    with pytest.raises(BundleError, match=message) as caught:
+        open_runtime(rewritten(folder, tensors))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "mxfp4", "group_size": 32, "bits": 4}, "mode 'mxfp4'; expected 'affine'"),
+        ({"mode": "affine", "group_size": 48, "bits": 4}, "settings do not fit the model"),
+        ({"mode": "affine", "bits": 4}, "settings do not fit the model"),
+        ({"mode": "affine", "group_size": 32, "bits": "four"}, "settings do not fit the model"),
+    ],
+    ids=["mode", "group", "no group", "bits"],
+)
+def test_quantization_settings_that_do_not_fit_are_refused(
+    tmp_path: Path,
+    make_bundle: MakeBundle,
+    random_checkpoint: Path,
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    bundle = make_bundle(random_checkpoint, target="mlx", bits=4)
+    folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    write_manifest(folder, {**manifest, "quantization": settings})
+    with pytest.raises(BundleError, match=message) as caught:
+        open_runtime(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device must be auto, cpu, metal or cuda, got 'tpu'"),
+        ({"backend": "onnx"}, "made for mlx, the backend is onnx; export it with --to onnx"),
+        ({"backend": "torch"}, "which torch cannot run; give the checkpoint"),
+    ],
+)
+def test_unknown_choices_are_refused(
+    make_bundle: MakeBundle, random_checkpoint: Path, options: Any, message: str
+) -> None:
+    with pytest.raises(BackendError, match=message):
+        open_runtime(make_bundle(random_checkpoint, target="mlx", dtype="float32"), **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "advice"),
+    [("metal", r'pip install "qwen2x\[mlx\]"'), ("cuda", r'pip install "mlx\[cuda13\]"')],
+)
+def test_a_device_that_is_not_here_is_refused_with_what_to_install(
+    make_bundle: MakeBundle, random_checkpoint: Path, device: str, advice: str
+) -> None:
+    from qwen2x.runtimes.mlx_runtime import available_devices
+
+    if device in available_devices():
+        pytest.skip(f"{device} is here")
+    bundle = make_bundle(random_checkpoint, target="mlx", dtype="float32")
+    with pytest.raises(BackendError, match=advice) as caught:
+        open_runtime(bundle, device=device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "missing"),
+    [
+        (ModuleNotFoundError("No module named 'mlx'", name="mlx"), "mlx"),
+        (ImportError("libmlx.so: cannot open shared object file"), "libmlx"),
+    ],
+)
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_without_mlx_the_extra_is_named(
+    make_bundle: MakeBundle,
+    random_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: ImportError,
+    missing: str,
+    platform: str,
+) -> None:
+    bundle = make_bundle(random_checkpoint, target="mlx", dtype="float32")
+
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(runtime_module.importlib, "import_module", fail)
+    monkeypatch.setattr(runtime_module.sys, "platform", platform)
+    with pytest.raises(BackendError, match=rf'^{missing} .*pip install "qwen2x\[mlx\]"') as caught:
+        open_runtime(bundle)
+    assert ("cuda13" in str(caught.value)) == (platform == "linux")
+
+
+@pytest.mark.parametrize(
+    ("platform", "machine", "backend"),
+    [("darwin", "arm64", "mlx"), ("darwin", "x86_64", "onnx"), ("linux", "aarch64", "onnx")],
+)
+def test_mlx_is_the_default_on_apple_silicon(
+    monkeypatch: pytest.MonkeyPatch, platform: str, machine: str, backend: str
+) -> None:
+    monkeypatch.setattr(runtime_module.sys, "platform", platform)
+    monkeypatch.setattr(runtime_module.platform, "machine", lambda: machine)
+    assert default_backend() == backend
+
+
+def test_the_trained_model_is_that_of_transformers(
+    make_bundle: MakeBundle, example_torch: Runtime
+) -> None:
+    with open_runtime(make_bundle(EXAMPLE, target="mlx", dtype="float32")) as runtime:
+        ids = np.array([PROMPT])
+        near(runtime.logits(ids), example_torch.logits(ids))
