@@ -23,7 +23,7 @@ from benchmarks.measure import (
     run_measured,
     write_result,
 )
-from qwen2x.cli.validate import read_text
+from qwen2x.cli.judging import read_text
 from qwen2x.runtimes.tokenizer import Tokenizer
 
 PROMPT, NEW = 512, 128

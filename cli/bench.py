@@ -69,17 +69,19 @@ def run_bench(
     repeat: int = 3,
     threads: int | None = None,
     device: str = "auto",
+    graph: bool = False,
+    kv_bits: str | None = None,
 ) -> dict[str, Any]:
     """The object that ``bench --json`` prints."""
     import time
 
-    from qwen2x.cli.validate import read_text
+    from qwen2x.cli.judging import read_text
     from qwen2x.runtimes.bench import bench
     from qwen2x.runtimes.generate import read_text_files
     from qwen2x.runtimes.runtime import open_runtime
 
     started = time.perf_counter()
-    with open_runtime(bundle, backend="onnx", device=device, threads=threads) as runtime:
+    with open_runtime(bundle, device=device, threads=threads, graph=graph) as runtime:
         load_s = time.perf_counter() - started
         text_ids = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
         speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat)

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 import time
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import click
 
-from qwen2x.cli.output import size_text
+from qwen2x.cli.judging import Judge, Wish, judge_bundle
+from qwen2x.cli.output import log, size_text
 from qwen2x.cli.run import timings_of
-from qwen2x.cli.validate import print_report, run_validation
+from qwen2x.cli.validate import print_report
 
 CHECKPOINT = "tiny-qwen2"
 SAMPLE = "sample.txt"
 PROMPT = "And it came to pass, that the king said unto"
-SHAPES: tuple[tuple[str, int | None], ...] = (("float", None), ("int4", 4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """A bundle that the demo makes; without bits in float."""
+
+    name: str
+    target: str
+    bits: int | None = None
+
+
+STOPS = (
+    Stop(name="float", target="onnx"),
+    Stop(name="int4", target="onnx", bits=4),
+    Stop(name="int4-mlx", target="mlx", bits=4),
+)
 
 
 @click.command("demo", epilog="\b\nExample: qwen2x demo --out demo-bundles")
@@ -28,7 +46,8 @@ SHAPES: tuple[tuple[str, int | None], ...] = (("float", None), ("int4", 4))
 def command(out: Path | None) -> None:
     """The whole way on the small checkpoint that ships with qwen2x.
 
-    Exports it as float and in 4 bits, compares both with PyTorch, and lets them write.
+    Exports it as float and in 4 bits, for ONNX Runtime and for MLX, compares each with PyTorch, and
+    lets them write.
     """
     with resources.as_file(resources.files("qwen2x.examples")) as examples:
         if out is not None:
@@ -39,30 +58,37 @@ def command(out: Path | None) -> None:
 
 
 def _walk(examples: Path, out: Path) -> None:
-    from qwen2x.exporters.bundle import is_bundle
-    from qwen2x.exporters.exporter import export
-
     started = time.monotonic()
-    source = examples / CHECKPOINT
-    text = (examples / SAMPLE).read_text(encoding="utf-8")
     passed = True
-    for name, bits in SHAPES:
-        folder = out / name
-        flags = f"--bits {bits} " if bits else ""
-        click.echo(f"\n$ qwen2x export {source} --to onnx {flags}-o {folder}")
-        # An earlier demo's bundles are replaced, nobody else's folder is.
-        done = export(source, out=folder, bits=bits, force=is_bundle(folder))
-        size = sum(entry["bytes"] for entry in done.manifest["files"].values())
-        click.echo(f"  {size_text(size)}, {done.manifest['bits_per_weight']:.2f} bits per weight")
-        click.echo(f"$ qwen2x validate {folder} --against {source} --text {examples / SAMPLE}")
-        report = run_validation(folder, str(source), text, quiet=True)
-        print_report(folder, report)
-        passed &= report.verdict == "pass"
-        click.echo(f'$ qwen2x run {folder} --raw "{PROMPT}" --max-tokens 60 --seed 1')
-        _write(folder)
+    for stop in STOPS:
+        if stop.target == "mlx" and importlib.util.find_spec("mlx") is None:
+            log(f'\n{stop.name} is left out: mlx is not installed; pip install "qwen2x[mlx]"')
+            continue
+        passed &= _visit(stop, examples, out / stop.name)
     click.echo(f"\n{'all passed' if passed else 'FAILED'} in {time.monotonic() - started:.1f} s")
     if not passed:
         click.get_current_context().exit(1)
+
+
+def _visit(stop: Stop, examples: Path, folder: Path) -> bool:
+    """Exports, validates and generates; gives whether the validation passed."""
+    from qwen2x.exporters.bundle import is_bundle
+    from qwen2x.exporters.exporter import export
+
+    source, sample = examples / CHECKPOINT, examples / SAMPLE
+    flags = f"--bits {stop.bits} " if stop.bits else ""
+    click.echo(f"\n$ qwen2x export {source} --to {stop.target} {flags}-o {folder}")
+    # An earlier demo's bundles are replaced, nobody else's folder is.
+    done = export(source, stop.target, out=folder, bits=stop.bits, force=is_bundle(folder))
+    size = sum(entry["bytes"] for entry in done.manifest["files"].values())
+    click.echo(f"  {size_text(size)}, {done.manifest['bits_per_weight']:.2f} bits per weight")
+    click.echo(f"$ qwen2x validate {folder} --against {source} --text {sample}")
+    judge = Judge(name=str(source), folder=source)
+    report = judge_bundle(folder, judge, Wish(text=sample.read_text(encoding="utf-8"))).report
+    print_report(folder, report)
+    click.echo(f'$ qwen2x run {folder} --raw "{PROMPT}" --max-tokens 60 --seed 1')
+    _write(folder)
+    return report.verdict == "pass"
 
 
 def _write(folder: Path) -> None:

@@ -31,13 +31,23 @@ class Extra:
     purpose: str
 
 
-_ONNX, _TORCH = "qwen2x.runtimes.onnx_runtime", "qwen2x.runtimes.torch_runtime"
+_ONNX, _MLX, _TORCH = (f"qwen2x.runtimes.{name}_runtime" for name in ("onnx", "mlx", "torch"))
 _EXTRAS = {
     "cpu": Extra(backend=_ONNX, libraries=("onnxruntime",), purpose="runs ONNX bundles on the CPU"),
     "cuda": Extra(
         backend=_ONNX,
         libraries=("onnxruntime",),
         purpose="runs ONNX bundles on NVIDIA GPUs (instead of cpu)",
+    ),
+    "mlx": Extra(
+        backend=_MLX,
+        libraries=("mlx",),
+        purpose="runs MLX folders on Apple GPUs, and on Linux for checking",
+    ),
+    "mlx-cuda": Extra(
+        backend=_MLX,
+        libraries=("mlx",),
+        purpose="runs MLX folders on NVIDIA GPUs",
     ),
     "torch": Extra(
         backend=_TORCH,
@@ -69,21 +79,23 @@ def command(as_json: bool) -> None:
 
 def examine() -> dict[str, Any]:
     """The object that ``doctor --json`` prints."""
-    failures = {module: _failure_of(module) for module in (_ONNX, _TORCH)}
-    devices: list[str] = []
-    if failures[_ONNX] is None:
-        devices = importlib.import_module(_ONNX).available_devices()
-    backends = {"onnx": _ONNX, "torch": _TORCH}
+    failures = {module: _failure_of(module) for module in (_ONNX, _MLX, _TORCH)}
+    devices = {
+        module: importlib.import_module(module).available_devices()
+        for module in (_ONNX, _MLX)
+        if failures[module] is None
+    }
+    backends = {"onnx": _ONNX, "mlx": _MLX, "torch": _TORCH}
     return {
         "qwen2x": metadata.version("qwen2x"),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": physical_cores(),
         "logical_cores": os.cpu_count(),
-        "devices": devices,
+        "devices": list(dict.fromkeys(name for names in devices.values() for name in names)),
         "backends": [name for name, module in backends.items() if failures[module] is None],
         "extras": {
-            name: _state_of(name, extra, failures[extra.backend], devices)
+            name: _state_of(name, extra, failures[extra.backend], devices.get(extra.backend, []))
             for name, extra in _EXTRAS.items()
         },
     }
@@ -101,12 +113,13 @@ def _failure_of(module: str) -> str | None:
 
 
 def _state_of(name: str, extra: Extra, failure: str | None, devices: list[str]) -> dict[str, Any]:
-    is_usable = failure is None and (name != "cuda" or "cuda" in devices)
+    is_usable = failure is None and (not name.endswith("cuda") or "cuda" in devices)
     versions = ", ".join(f"{library} {_version(library)}" for library in extra.libraries)
     advice = f'pip install "qwen2x[{name}]"'
     if failure is None and not is_usable:
-        failure = f"{versions} is built without CUDA"
-        advice = f"pip uninstall onnxruntime, then {advice} (the two cannot stand side by side)"
+        failure = f"{versions} has no CUDA here"
+        if name == "cuda":
+            advice = f"pip uninstall onnxruntime, then {advice} (the two cannot stand side by side)"
     return {
         "is_usable": is_usable,
         "purpose": extra.purpose,

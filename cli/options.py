@@ -49,22 +49,31 @@ quantize_options = _together(
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float16", "bfloat16"]),
-        help="Float type of the graph. Default: float32 for cpu, bfloat16 for cuda.",
+        help="Float type. Default: for onnx float32 on cpu, bfloat16 on cuda; for mlx the "
+        "checkpoint's own.",
     ),
 )
 
 place_options = _together(
     click.option(
         "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
+        type=click.Choice(["auto", "cpu", "cuda", "metal"]),
         default="auto",
         show_default=True,
-        help="Where it runs. auto: what the bundle was made for, if it is here.",
+        help="Where it runs. auto: what an ONNX bundle was made for, if it is here; a GPU for MLX.",
     ),
     click.option(
         "--threads",
         type=click.IntRange(1, 1024),
-        help="Threads on the CPU. Default: one per physical core.",
+        help="Threads on the CPU. Default: one per physical core. MLX decides itself.",
+    ),
+    click.option(
+        "--graph", is_flag=True, help="Run an MLX folder's decode.mlxfn (export --to mlx --graph)."
+    ),
+    click.option(
+        "--kv-bits",
+        type=click.Choice(["8"]),
+        help="Keep the KV cache in 8 bits; with MLX only. Default: in the float type.",
     ),
 )
 
@@ -72,7 +81,8 @@ model_options = _together(
     click.option(
         "--backend",
         type=click.Choice(["onnx", "mlx", "torch"]),
-        help="What runs the model. Default: onnx.",
+        help="What runs the model. Default: what the bundle is for; for a checkpoint mlx on a Mac "
+        "with Apple silicon, else onnx.",
     ),
     place_options,
     click.option(
@@ -139,35 +149,45 @@ def open_model(
     backend: str | None,
     device: str,
     threads: int | None,
+    graph: bool = False,
+    kv_bits: str | None = None,
     **making: Any,
 ) -> Runtime:
     """A runtime for a bundle, or for a checkpoint, whose bundle is made once and kept.
 
     Args:
         model: a bundle, a Hugging Face folder, or a hub id.
-        backend: ``onnx`` (also by default), or ``torch``, which runs checkpoints as they are.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        backend: ``onnx``, ``mlx``, or ``torch``, which runs checkpoints as they are.
+        device: ``auto``, ``cpu``, ``cuda`` or ``metal``.
         threads: on the CPU; None is the backend's own choice.
+        graph: run an MLX folder's ``decode.mlxfn``.
+        kv_bits: of the KV cache; None is the float type.
         **making: revision, bits, group_size, dtype: of the bundle that a checkpoint becomes.
     """
     from qwen2x.exporters.bundle import is_bundle
-    from qwen2x.runtimes.runtime import open_runtime
+    from qwen2x.exporters.hub import resolve_source
+    from qwen2x.runtimes.runtime import default_backend, open_runtime
 
-    if backend == "mlx":
-        raise BackendError("backend mlx is not in this version; expected onnx or torch")
     folder = Path(model)
-    if is_bundle(folder):
-        if backend == "torch":
-            raise BackendError(
-                f"{model} is a bundle, which torch cannot run; give the checkpoint it was made of"
-            )
-        _refuse(making, ("bits", "dtype", "revision"), f"{model} is a bundle, which is made")
-    elif backend == "torch":
+    if backend == "torch" and not is_bundle(folder):
         _refuse(making, ("bits", "dtype"), "backend torch runs a checkpoint as it is, in float32")
         folder = open_source(model, making["revision"])
     else:
-        folder = _bundle_of(model, device, **making)
-    return open_runtime(folder, backend=backend, device=device, threads=threads)
+        is_local = is_bundle(folder)
+        if not is_local:
+            folder = resolve_source(model, revision=making["revision"])
+        if is_bundle(folder):
+            names = ("bits", "dtype", *(("revision",) if is_local else ()))
+            _refuse(making, names, f"{model} is a bundle, which is made")
+        else:
+            folder = _bundle_of(model, backend or default_backend(), device, **making)
+    return open_runtime(
+        folder,
+        backend=backend,
+        device=device,
+        threads=threads,
+        graph=graph,
+    )
 
 
 def open_source(source: str, revision: str | None) -> Path:
@@ -203,6 +223,7 @@ def _usable_devices() -> list[str]:
 
 def _bundle_of(
     model: str,
+    target: str,
     device: str,
     revision: str | None,
     bits: str | None,
@@ -212,10 +233,9 @@ def _bundle_of(
     from qwen2x.exporters.bundle_cache import cached_bundle
     from qwen2x.exporters.options import Options
 
-    if device == "auto":
-        device = "cuda" if "cuda" in _usable_devices() else "cpu"
     options = Options(
-        device=device,
+        target=target,
+        device=_graph_device(device) if target == "onnx" else None,
         dtype=dtype,
         bits=int(bits) if bits else None,
         group_size=int(group_size),
@@ -224,3 +244,12 @@ def _bundle_of(
         folder = cached_bundle(model, options, revision=revision, progress=progress)
     log(f"using {folder}")
     return folder
+
+
+def _graph_device(device: str) -> str:
+    """What an ONNX graph is built for when it is to run on a device."""
+    if device == "metal":
+        raise BackendError("onnxruntime has no device metal; use --backend mlx, or --device cpu")
+    if device == "auto":
+        return "cuda" if "cuda" in _usable_devices() else "cpu"
+    return device

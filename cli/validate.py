@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen2x.cli.judging import Judgement, Wish, find_judge, judge_bundle, read_text, to_json
 from qwen2x.cli.machine import peak_memory_bytes
-from qwen2x.cli.options import json_option, open_source, place_options
-from qwen2x.cli.output import finite, log, print_json, print_table
+from qwen2x.cli.options import json_option, place_options
+from qwen2x.cli.output import log, print_columns, print_json, print_table
 from qwen2x.quantize.errors import RequestError
 
-BUILT_IN_TEXT = "validation_text.txt"
+if TYPE_CHECKING:
+    from qwen2x.runtimes.validate import Report
+
+_EXAMPLES = """\b
+Example: qwen2x validate qwen-int4 --against Qwen/Qwen2.5-0.5B-Instruct
+         qwen2x validate qwen-onnx qwen-mlx --against ./Qwen2.5-0.5B-Instruct --layers
+         qwen2x validate qwen-mlx --against qwen-onnx
+"""
 
 
-@click.command(
-    "validate",
-    epilog="\b\nExample: qwen2x validate qwen-int4 --against Qwen/Qwen2.5-0.5B-Instruct",
+@click.command("validate", epilog=_EXAMPLES)
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--against", required=True, help="The checkpoint (folder or hub id), or another bundle."
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--against", required=True, help="The checkpoint it was made of: folder or hub id.")
 @click.option(
     "--text", type=click.Path(path_type=Path), help="The text to read. Default: a built-in mix."
 )
 @click.option("--tokens", type=int, default=1024, show_default=True, help="How many to compare.")
 @click.option("--window", type=int, default=512, show_default=True, help="Tokens read at once.")
+@click.option("--layers", is_flag=True, help="Also show where hidden states part, layer by layer.")
 @click.option(
     "--html", type=click.Path(path_type=Path), help="Also write one page here. Default: none."
 )
@@ -36,97 +44,68 @@ BUILT_IN_TEXT = "validation_text.txt"
 @place_options
 @json_option
 def command(
-    bundle: Path,
+    bundles: tuple[Path, ...],
     against: str,
     text: Path | None,
     html: Path | None,
+    layers: bool,
+    revision: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compare BUNDLE's logits with those of transformers' own Qwen2 in float32.
+    """Compare BUNDLES' logits with those of transformers' own Qwen2 in float32.
 
-    The same tokens go through both. Further checks read the bundle in other ways (step by step, in
+    The same tokens go through both. Further checks read a bundle in other ways (step by step, in
     chunks, in a batch, at far positions), which must not matter. Exit 0: pass, 1: fail. The figures
-    are also recorded in the bundle.
+    are also recorded in the bundle. Several bundles, for ONNX and MLX, are shown side by side.
+    Another bundle may stand in for PyTorch.
     """
-    if html is not None and not html.absolute().parent.is_dir():
-        raise RequestError(f"--html {html} lies in no folder; make it first: mkdir {html.parent}")
-    report = run_validation(bundle, against, read_text(text), quiet=as_json, **options)
+    _require_page_possible(html, bundles)
+    wish = Wish(
+        text=read_text(text),
+        wants_layers=layers,
+        on_step=lambda step: None if as_json else log(f"checking {step}"),
+        **options,
+    )
+    judge = find_judge(against, revision)
+    judgements = []
+    for bundle in bundles:
+        if len(bundles) > 1 and not as_json:
+            log(f"{bundle}:")
+        judgements.append(judge_bundle(bundle, judge, wish))
     if html is not None:
-        _write_page(html, bundle, against, report)
-    result = report.to_json() | {"peak_memory_bytes": peak_memory_bytes()}
-    if as_json:
-        print_json(result)
-    else:
-        print_report(bundle, report)
-    if report.verdict == "fail":
+        _write_page(html, against, judgements[0])
+    _print(judgements, as_json)
+    if any(judgement.report.verdict == "fail" for judgement in judgements):
         click.get_current_context().exit(1)
 
 
-def run_validation(
-    folder: Path,
-    against: str,
-    text: str,
-    *,
-    tokens: int = 1024,
-    window: int = 512,
-    revision: str | None = None,
-    device: str = "auto",
-    threads: int | None = None,
-    quiet: bool = False,
-) -> Any:
-    """Validates a bundle and records the figures in its manifest; gives the Report."""
-    from qwen2x.exporters.bundle import changed_source_files, open_bundle
-    from qwen2x.runtimes.generate import read_text_files
-    from qwen2x.runtimes.runtime import open_runtime
-    from qwen2x.runtimes.tolerance import tolerance_for
-    from qwen2x.runtimes.validate import Check, validate
-
-    opened = open_bundle(folder)
-    source = open_source(against, revision)
-    changed = changed_source_files(opened, source)
-    if changed:
-        log(
-            f"{against} is not the checkpoint that {folder} was made of "
-            f"({opened.manifest['source']['id']}): {', '.join(changed[:3])} differ"
-        )
-    token_ids = read_text_files(source).tokenizer.encode(text)
-    with (
-        open_runtime(folder, device=device, threads=threads) as candidate,
-        open_runtime(source, backend="torch", device="cpu", threads=threads) as reference,
-    ):
-        _require_same_shape(opened, candidate, reference, against)
-        report = validate(
-            candidate,
-            reference,
-            token_ids,
-            tolerance=tolerance_for(opened.scheme, opened.dtype),
-            tokens=tokens,
-            window=window,
-            on_step=lambda step: None if quiet else log(f"checking {step}"),
-        )
-    report.facts["scheme"] = opened.scheme
-    report.checks.append(
-        Check(name="source_is_the_same", value=float(not changed), limit=1, is_floor=True)
-    )
-    # Figures against another checkpoint say nothing of the bundle, and do not replace its own.
-    if not changed:
-        _record(opened, report)
-    return report
+def _require_page_possible(html: Path | None, bundles: Sequence[Path]) -> None:
+    if html is None:
+        return
+    if len(bundles) > 1:
+        raise RequestError(f"--html shows one bundle, got {len(bundles)}; validate them one by one")
+    if not html.absolute().parent.is_dir():
+        raise RequestError(f"--html {html} lies in no folder; make it first: mkdir {html.parent}")
 
 
-def read_text(path: Path | None) -> str:
-    """The user's text, or the built-in one."""
-    if path is None:
-        built_in = resources.files("qwen2x.runtimes") / BUILT_IN_TEXT
-        return built_in.read_text(encoding="utf-8")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"--text {path} cannot be read as UTF-8 text: {error}") from None
+def _print(judgements: list[Judgement], as_json: bool) -> None:
+    peak = {"peak_memory_bytes": peak_memory_bytes()}
+    if not as_json:
+        if len(judgements) == 1:
+            print_report(judgements[0].folder, judgements[0].report)
+        else:
+            _print_side_by_side(judgements)
+        _print_layers(judgements)
+    elif len(judgements) == 1:
+        print_json(to_json(judgements[0]) | peak)
+    else:
+        failed = any(judgement.report.verdict == "fail" for judgement in judgements)
+        parts = [to_json(judgement) for judgement in judgements]
+        print_json({"verdict": "fail" if failed else "pass", "bundles": parts} | peak)
 
 
-def print_report(bundle: Path, report: Any) -> None:
+def print_report(bundle: Path, report: Report) -> None:
     """The figures for people."""
     found, facts = report.difference, report.facts
     click.echo(f"{bundle}: {report.verdict} over {found.positions} positions")
@@ -137,7 +116,8 @@ def print_report(bundle: Path, report: Any) -> None:
             ("same top token", f"{found.top1_agreement:.2%}, top ten {found.top10_overlap:.2%}"),
             ("logits", f"differ by {found.max_abs_diff:.3g} at most, {found.mean_abs_diff:.3g} on "
                        f"average, cosine {found.cosine:.8f}"),
-            ("perplexity", f"{found.perplexity:.4f}, PyTorch {found.perplexity_reference:.4f}"),
+            ("perplexity", f"{found.perplexity:.4f}, {_reference_name(report)} "
+                           f"{found.perplexity_reference:.4f}"),
             ("bits per weight", f"{facts['bits_per_weight']:.2f} ({facts['scheme']})"),
         ]
     )  # fmt: skip
@@ -148,30 +128,68 @@ def print_report(bundle: Path, report: Any) -> None:
         click.echo(f"  {line}")
 
 
-def _write_page(html: Path, bundle: Path, against: str, report: Any) -> None:
+def _reference_name(report: Report) -> str:
+    reference = report.facts["reference"]
+    return "PyTorch" if reference["backend"] == "torch" else str(reference["name"])
+
+
+def _print_side_by_side(judgements: list[Judgement]) -> None:
+    """One column per model, the reference first."""
+    from qwen2x.runtimes.generate import read_text_files
+
+    reports = [judgement.report for judgement in judgements]
+    found = [report.difference for report in reports]
+    first = judgements[0]
+    rows = [
+        ["", _reference_name(first.report), *(str(judgement.folder) for judgement in judgements)],
+        ["runs on", "", *(f"{r.facts['backend']} {r.facts['device']}" for r in reports)],
+        ["scheme", "", *(f"{r.facts['scheme']} {r.facts['dtype']}" for r in reports)],
+        ["verdict", "", *(report.verdict for report in reports)],
+        ["KL divergence, mean", "", *(f"{item.kl_mean:.3g}" for item in found)],
+        ["KL divergence, p99", "", *(f"{item.kl_p99:.3g}" for item in found)],
+        ["same top token", "", *(f"{item.top1_agreement:.2%}" for item in found)],
+        ["largest difference", "", *(f"{item.max_abs_diff:.3g}" for item in found)],
+        ["perplexity", f"{found[0].perplexity_reference:.4f}",
+         *(f"{item.perplexity:.4f}" for item in found)],
+        ["bits per weight", "", *(f"{r.facts['bits_per_weight']:.2f}" for r in reports)],
+    ]  # fmt: skip
+    tokenizer = read_text_files(first.folder).tokenizer
+    columns = [first.reference_next_tokens, *(judgement.next_tokens for judgement in judgements)]
+    for place, row in enumerate(zip(*columns, strict=True), 1):
+        texts = [f"{tokenizer.decode([token])!r} {logit:.4f}" for token, logit in row]
+        rows.append([f"next token, {place}", *texts])
+    print_columns(rows)
+    for judgement in judgements:
+        for check in judgement.report.checks:
+            if check.verdict == "fail":
+                click.echo(
+                    f"  fail  {judgement.folder}: {check.name} is {check.value:.4g}, "
+                    f"limit {check.limit:g}"
+                )
+
+
+def _print_layers(judgements: list[Judgement]) -> None:
+    """Relative errors of the residual stream, one column per bundle."""
+    if not judgements[0].layers:
+        return
+    from qwen2x.runtimes.layers import first_beyond
+
+    click.echo("relative error of hidden states, mean over positions:")
+    rows = [["", *(str(judgement.folder) for judgement in judgements)]]
+    for parts in zip(*(judgement.layers for judgement in judgements), strict=True):
+        rows.append([parts[0].layer, *(f"{part.relative_error:.2e}" for part in parts)])
+    print_columns(rows)
+    for judgement in judgements:
+        limit = judgement.report.tolerance.layer_error
+        beyond = first_beyond(judgement.layers, limit)
+        where = f"first beyond {limit:g} is {beyond.layer}" if beyond else f"all within {limit:g}"
+        click.echo(f"  {judgement.folder}: {where}")
+
+
+def _write_page(html: Path, against: str, judgement: Judgement) -> None:
     from qwen2x.cli.validation_page import write_page
 
     try:
-        write_page(html, bundle, against, report)
+        write_page(html, judgement.folder, against, judgement.report)
     except OSError as error:
         raise RequestError(f"--html {html} cannot be written: {error.strerror}") from None
-
-
-def _record(bundle: Any, report: Any) -> None:
-    """Writes the figures into the manifest, if the bundle may be written to."""
-    from qwen2x.exporters.bundle import write_manifest
-
-    quality = {key: value for key, value in report.to_json().items() if key != "tolerance"}
-    try:
-        write_manifest(bundle.folder, {**bundle.manifest, "quality": finite(quality)})
-    except OSError as error:
-        log(f"the figures were not recorded in {bundle.folder}: {error.strerror}")
-
-
-def _require_same_shape(opened: Any, candidate: Any, reference: Any, against: str) -> None:
-    if candidate.vocab_size != reference.vocab_size:
-        raise RequestError(
-            f"{opened.folder} has {candidate.vocab_size} vocabulary rows, {against} has "
-            f"{reference.vocab_size}: not the checkpoint it was made of "
-            f"({opened.manifest['source']['id']})"
-        )

@@ -83,6 +83,12 @@ def kl_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64]:
     return np.concatenate(parts)
 
 
+def top_tokens(row: Logits, count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens of logits [vocab], likeliest first, with their logits."""
+    best = np.argsort(-row, kind="stable")[:count]
+    return [(int(token), float(row[token])) for token in best]
+
+
 def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
     """Nats per row of log-probabilities [rows, vocab]."""
     divergence: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=-1)

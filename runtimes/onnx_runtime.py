@@ -9,11 +9,14 @@ import numpy as np
 import onnxruntime as ort
 
 from qwen2x.exporters.bundle import Bundle
+from qwen2x.exporters.onnx_probe import probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
+from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
 
 GRAPH_FILE = "model.onnx"
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -70,6 +73,24 @@ class OnnxRuntime(CacheBookkeeping):
             self._run_bound(binding, inputs, rows[:, start:stop], cache, start, stop)
             cache.collect(binding)
         return rows
+
+    def hidden_states(self, token_ids: TokenIds) -> Hidden:
+        """See ``GivesHiddenStates``; a second session is opened for it, and closed."""
+        valid, places = self._require_rows(token_ids, None, None)
+        path, layers = self.folder / GRAPH_FILE, self.bundle.cache["layers"]
+        graph, names = probed_graph(path, layers)
+        session = _open_session(self.bundle, self.device, None, graph)
+        binding = session.io_binding()
+        mask = np.ones_like(token_ids)
+        inputs = _inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, "cpu")
+        ConcatenatedCache(self.bundle.cache, self.device, 1).bind(binding, 0, valid[0])
+        session.run_with_iobinding(binding)
+        rows = [value.numpy()[0] for value in binding.get_outputs()[: len(names)]]
+        return np.stack([row.astype(np.float32) for row in rows])
 
     def close(self) -> None:
         """Gives session and cache back."""
@@ -183,7 +204,10 @@ def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
         )
 
 
-def _open_session(bundle: Bundle, device: str, threads: int | None) -> Any:
+def _open_session(
+    bundle: Bundle, device: str, threads: int | None, graph: bytes | None = None
+) -> Any:
+    """A session of the bundle's graph, or of one in memory that uses the bundle's weights."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
@@ -193,7 +217,11 @@ def _open_session(bundle: Bundle, device: str, threads: int | None) -> Any:
         ort.preload_dlls()
         providers.append(_PROVIDERS["cpu"])
     try:
-        session = ort.InferenceSession(bundle.folder / GRAPH_FILE, options, providers=providers)
+        if graph is None:
+            session = ort.InferenceSession(bundle.folder / GRAPH_FILE, options, providers=providers)
+        else:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.folder))
+            session = ort.InferenceSession(graph, options, providers=providers)
     except Exception as error:
         raise _not_runnable(bundle, error) from None
     if _PROVIDERS[device] not in session.get_providers():

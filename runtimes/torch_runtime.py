@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import DynamicCache, Qwen2ForCausalLM
 
 from qwen2x.quantize.errors import BackendError, CheckpointError
+from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
 
 
@@ -69,6 +70,26 @@ class TorchRuntime(CacheBookkeeping):
                 use_cache=False,
             )
         return _to_numpy(output.logits)
+
+    def hidden_states(self, token_ids: TokenIds) -> Hidden:
+        """See ``GivesHiddenStates``. Transformers' own list ends behind the norm, hence hooks."""
+        self._require_rows(token_ids, None, None)
+        seen: list[torch.Tensor] = []
+
+        def keep(module: Any, inputs: Any, output: Any) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+
+        decoder = self._model.model
+        hooks = [
+            part.register_forward_hook(keep) for part in (decoder.embed_tokens, *decoder.layers)
+        ]
+        try:
+            with torch.inference_mode():
+                self._model(input_ids=self._tensor(token_ids), use_cache=False, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return np.stack([_to_numpy(part[0]) for part in seen])
 
     def close(self) -> None:
         """Gives model and cache back."""

@@ -21,7 +21,7 @@ WHERE = """
 import json
 from importlib import resources
 import qwen2x.cli.main, qwen2x.exporters, qwen2x.quantize, qwen2x.runtimes
-from qwen2x.cli.validate import read_text
+from qwen2x.cli.judging import read_text
 example = resources.files("qwen2x.examples") / "tiny-qwen2"
 print(json.dumps({"code": qwen2x.cli.main.__file__, "example": str(example),
                   "text": read_text(None)}))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2x.cli.validate import read_text
+from qwen2x.cli.judging import read_text
 from qwen2x.exporters import export
 from qwen2x.runtimes.compare import Difference, compare, windows_of
 from qwen2x.runtimes.runtime import Runtime, open_runtime

@@ -14,7 +14,7 @@ def test_the_demo_goes_the_whole_way_and_leaves_nothing(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     for word in ("qwen2x export", "--bits 4", "qwen2x validate", "qwen2x run", "KL divergence"):
         assert word in done.out
-    assert done.out.count("pass over") == 2
+    assert done.out.count("pass over") == 3
     assert done.out.splitlines()[-1].startswith("all passed in ")
     assert "And it came to pass" in done.out
     # onnxruntime and torch leave marks of their own there.
@@ -26,7 +26,7 @@ def test_the_demo_goes_the_whole_way_and_leaves_nothing(tmp_path: Path) -> None:
 def test_the_demo_keeps_its_bundles_where_it_is_told(call: Call, tmp_path: Path) -> None:
     for _ in range(2):  # the second replaces its own
         assert call("demo", "--out", tmp_path / "kept").code == 0
-    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"float", "int4"}
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"float", "int4", "int4-mlx"}
     for folder in (tmp_path / "kept").iterdir():
         assert call("inspect", folder, "--verify", "--json").json["quality"]["verdict"] == "pass"
 

@@ -33,7 +33,7 @@ def run_without(
 def test_doctor_sees_what_is_here(call: Call) -> None:
     facts = call("doctor", "--json").json
     assert facts["qwen2x"] == version("qwen2x")
-    assert facts["backends"] == ["onnx", "torch"]
+    assert facts["backends"] == ["onnx", "mlx", "torch"]
     assert "cpu" in facts["devices"]
     assert facts["extras"]["cpu"]["is_usable"] is True
     assert version("onnxruntime") in facts["extras"]["cpu"]["detail"]
@@ -46,7 +46,11 @@ def test_doctor_sees_what_is_here(call: Call) -> None:
 
 @pytest.mark.parametrize(
     ("names", "backends", "extra"),
-    [(("onnxruntime",), ["torch"], "cpu"), (("torch", "transformers"), ["onnx"], "torch")],
+    [
+        (("onnxruntime",), ["mlx", "torch"], "cpu"),
+        (("mlx",), ["onnx", "torch"], "mlx"),
+        (("torch", "transformers"), ["onnx", "mlx"], "torch"),
+    ],
 )
 def test_doctor_says_what_to_install(
     names: tuple[str, ...], backends: list[str], extra: str, tmp_path: Path
@@ -60,7 +64,7 @@ def test_doctor_says_what_to_install(
 
 
 def test_doctor_survives_a_broken_library(tmp_path: Path) -> None:
-    names = ("onnxruntime", "torch", "transformers")
+    names = ("onnxruntime", "mlx", "torch", "transformers")
     done = run_without(tmp_path, names, "doctor", instead=BROKEN)
     assert done.code == 0
     assert "cannot be imported: libfoo.so.1" in done.out

@@ -1,0 +1,50 @@
+"""A bundle's graph with the residual stream after every layer as outputs, to find where it parts.
+
+The graph alone is read, changed in memory and handed out as bytes; its weights stay on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import onnx
+from onnx import ValueInfoProto
+
+from qwen2x.quantize.errors import BundleError
+
+# What the first layer takes, and the sum that each later norm takes, by the names of onnx_graph.
+_EMBEDDED = re.compile(r"/model/embed_tokens/(Gather|GatherBlockQuantized)/output_0")
+_SUM = re.compile(
+    r"/model/(?:layers\.(\d+)/input_layernorm|norm)"
+    r"/(?:SkipSimplifiedLayerNormalization/output_3|Add/output_0)"
+)
+
+
+def probed_graph(path: Path, layers: int) -> tuple[bytes, list[str]]:
+    """The graph as bytes, and the outputs [batch, sequence, hidden] in order.
+
+    The first is the embedding, the others are the residual stream after layer 0, 1, ... The last
+    layer has only the rows whose logits are kept.
+
+    Args:
+        path: ``model.onnx``.
+        layers: how many there are.
+
+    Raises:
+        BundleError: the graph does not have them.
+    """
+    model = onnx.load_model(path, load_external_data=False)
+    found: dict[int, ValueInfoProto] = {}
+    for value in model.graph.value_info:
+        if _EMBEDDED.fullmatch(value.name):
+            found[0] = value
+        elif match := _SUM.fullmatch(value.name):
+            found[int(match[1] or layers)] = value
+    if sorted(found) != list(range(layers + 1)):
+        raise BundleError(
+            f"{path} names no residual stream for {layers} layers; export the bundle again"
+        )
+    outputs = [found[index] for index in range(layers + 1)]
+    model.graph.output.extend(outputs)
+    return model.SerializeToString(), [value.name for value in outputs]
