@@ -47,7 +47,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     }
 
 
-OPTIONS = [{}, {"bits": 4}, {"device": "cuda", "dtype": "bfloat16"}]
+OPTIONS = [{}, {"bits": 4}, {"device": "cuda", "dtype": "bfloat16"}, {"target": "mlx", "bits": 4}]
 
 
 def peak_bytes(program: str, source: Path, out: Path, options: dict[str, Any]) -> int:
