@@ -211,7 +211,12 @@ class Qwen2(nn.Module):  # type: ignore[misc]
         self._attention_factor = config.rope.attention_factor
 
     def __call__(
-        self, token_ids: mx.array, positions: mx.array, cache: Cache, keep: int | mx.array
+        self,
+        token_ids: mx.array,
+        positions: mx.array,
+        cache: Cache,
+        keep: int | mx.array,
+        seen: list[mx.array] | None = None,
     ) -> mx.array:
         """Logits float32 [B, keep, V] of the last rows.
 
@@ -220,12 +225,17 @@ class Qwen2(nn.Module):  # type: ignore[misc]
             positions: int32 [S], of the columns.
             cache: gets the keys and values.
             keep: rows whose logits are wanted: so many of the last, or their indices int32 [keep].
+            seen: gets the residual stream [B, S, hidden]: the embedding, then behind each layer.
         """
         x = self.model.embed_tokens(token_ids)
         cosines, sines = self.angles(positions)
         rotary = Rotary(mx.stack([cosines, cosines], 1), mx.stack([-sines, sines], 1))
+        states = [x]
         for layer in self.model.layers:
             x = layer(x, rotary, cache)
+            states.append(x)
+        if seen is not None:
+            seen.extend(states)
         kept = x[:, -keep:] if isinstance(keep, int) else mx.take(x, keep, axis=1)
         head = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
         logits: mx.array = head(self.model.norm(kept))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
-from qwen2x.runtimes.runtime import Logits, Runtime, integers
+from qwen2x.runtimes.runtime import Runtime, SamplesAhead, integers
 from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
 from qwen2x.runtimes.tokenizer import StopFilter, Tokenizer
 
@@ -87,7 +88,11 @@ def _read_generation(path: Path) -> dict[str, Any]:
 
 @dataclass
 class Generation:
-    """One answer: iterate over it, once, for its pieces; its facts are there when it ends."""
+    """One answer: iterate over it, once, for its pieces; its facts are there when it ends.
+
+    ``prefill_s`` is the time that the first token took, ``decode_s`` what the others were waited
+    for: a runtime that samples ahead works on while their text is used.
+    """
 
     runtime: Runtime
     prompt_ids: list[int]
@@ -133,33 +138,44 @@ class Generation:
 
     def _tokens(self) -> Iterator[int]:
         """Token ids until an end token (which is not given) or the limit."""
-        runtime, sampler = self.runtime, Sampler(self.sampling, self.prompt_ids)
-        # Rows of a padded vocabulary have no text; they are never chosen.
-        known = read_text_files(runtime.folder).tokenizer.size
-        logits = self._prefill()
-        while len(self.token_ids) < self.max_tokens:
-            token_id = sampler.choose(logits[:known])
-            if token_id in runtime.eos_token_ids and not self.ignore_eos:
-                self.finish_reason = "stop"
-                return
-            self.token_ids.append(token_id)
-            yield token_id
-            if len(self.token_ids) == self.max_tokens:
-                break
-            started = time.perf_counter()
-            logits = runtime.decode(token_id)
-            self.decode_s += time.perf_counter() - started
+        with closing(self._choices()) as choices:
+            while len(self.token_ids) < self.max_tokens:
+                started = time.perf_counter()
+                token_id = next(choices)
+                seconds = time.perf_counter() - started
+                if self.token_ids:
+                    self.decode_s += seconds
+                else:
+                    self.prefill_s = seconds
+                if token_id in self.runtime.eos_token_ids and not self.ignore_eos:
+                    self.finish_reason = "stop"
+                    return
+                self.token_ids.append(token_id)
+                yield token_id
         self.finish_reason = "length"
 
-    def _prefill(self) -> Logits:
-        """Runs what the cache does not hold of the prompt yet, at least its last token."""
-        started = time.perf_counter()
-        shared = _common_prefix(self.runtime.cached_ids, self.prompt_ids)
+    def _choices(self) -> Generator[int, None, None]:
+        """Token after token, each chosen from the logits behind the one before."""
+        runtime = self.runtime
+        shared = _common_prefix(runtime.cached_ids, self.prompt_ids)
+        # The last token is run in any case: nothing else gives its logits.
         self.cached_tokens = min(shared, len(self.prompt_ids) - 1)
-        self.runtime.truncate(self.cached_tokens)
-        logits = self.runtime.prefill(self.prompt_ids[self.cached_tokens :])
-        self.prefill_s = time.perf_counter() - started
-        return logits
+        runtime.truncate(self.cached_tokens)
+        fresh = self.prompt_ids[self.cached_tokens :]
+        # Rows of a padded vocabulary have no text; they are never chosen.
+        known = read_text_files(runtime.folder).tokenizer.size
+        if isinstance(runtime, SamplesAhead):
+            context, limit = self.prompt_ids, self.max_tokens
+            yield from runtime.sample_ahead(
+                fresh, self.sampling, context=context, known=known, limit=limit
+            )
+            return
+        sampler = Sampler(self.sampling, self.prompt_ids)
+        logits = runtime.prefill(fresh)
+        while True:
+            token_id = sampler.choose(logits[:known])
+            yield token_id
+            logits = runtime.decode(token_id)
 
 
 def generate(

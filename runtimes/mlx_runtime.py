@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,9 +15,18 @@ import numpy as np
 
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.mlx_model import FloatCache, Slices, load_model
-from qwen2x.quantize.errors import BackendError
+from qwen2x.quantize.errors import BackendError, RequestError
+from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.mlx_cache import Buffers, float_layout
-from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
+from qwen2x.runtimes.mlx_sampler import FAILED, MlxSampler
+from qwen2x.runtimes.runtime import (
+    DEFAULT_CHUNK,
+    CacheBookkeeping,
+    Logits,
+    TokenIds,
+    integers,
+)
+from qwen2x.runtimes.sampler import NOT_FINITE, Sampling
 
 
 class MlxRuntime(CacheBookkeeping):
@@ -75,6 +84,54 @@ class MlxRuntime(CacheBookkeeping):
                 )
         return rows
 
+    def hidden_states(self, token_ids: TokenIds) -> Hidden:
+        """See ``GivesHiddenStates``."""
+        count = token_ids.shape[1]
+        self._require_rows(token_ids, None, None)
+        seen: list[mx.array] = []
+        with mx.stream(self._mx_device):
+            buffers = Buffers(float_layout(self.bundle.cache))
+            buffers.reserve(count)
+            self._model(
+                mx.array(token_ids, mx.int32),
+                mx.arange(count, dtype=mx.int32),
+                FloatCache(buffers.arrays, Slices(0, count)),
+                keep=1,
+                seen=seen,
+            )
+            return np.stack([np.array(x[0].astype(mx.float32)) for x in seen])
+
+    def sample_ahead(
+        self,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        context: Sequence[int],
+        known: int,
+        limit: int,
+    ) -> Generator[int, None, None]:
+        """See ``SamplesAhead``."""
+        token_ids = integers(token_ids)
+        self._require_fits(token_ids)
+        self._require_room(self.cache_length + len(token_ids) + limit - 1)
+        self._reserve(self.cache_length + len(token_ids))
+        start = (len(token_ids) - 1) // self.prefill_chunk * self.prefill_chunk
+        if start:
+            self.append(token_ids[:start])
+        running, past = token_ids[start:], self.cache_length
+        with mx.stream(self._mx_device):
+            sampler = MlxSampler(sampling, context, min(known, self.vocab_size))
+            choice = self._queue(mx.array(running, mx.int32), past, sampler)
+        for left in range(limit - 1, -1, -1):
+            past += len(running)
+            following = self._queue(choice, past, sampler) if left else choice
+            token_id = int(np.array(choice)[0])
+            self.cached_ids.extend(running)
+            if token_id == FAILED:
+                raise RequestError(NOT_FINITE)
+            yield token_id
+            running, choice = [token_id], following
+
     def close(self) -> None:
         """Gives model and cache back."""
         self._model = None
@@ -100,6 +157,13 @@ class MlxRuntime(CacheBookkeeping):
         cache = FloatCache(self._buffers.arrays, Slices(past, total))
         rows: mx.array = self._model(token_ids, mx.arange(past, total), cache, keep)
         return rows
+
+    def _queue(self, token_ids: mx.array, past: int, sampler: MlxSampler) -> mx.array:
+        """Runs int32 [S] behind ``past`` and chooses what follows, int32 [1], asynchronously."""
+        with mx.stream(self._mx_device):
+            choice = sampler.choose(self._forward(token_ids[None], past, 1)[0, -1])
+            mx.async_eval(choice)  # type: ignore[no-untyped-call]
+        return choice
 
     def _truncate_cache(self, length: int) -> None:
         """Later positions are overwritten; an empty cache gives its memory back."""

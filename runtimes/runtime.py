@@ -6,16 +6,17 @@ import importlib
 import operator
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen2x.exporters.bundle import is_bundle, open_bundle
 from qwen2x.quantize.errors import BackendError, RequestError
+from qwen2x.runtimes.sampler import Sampling
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
@@ -102,6 +103,41 @@ class Runtime(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class SamplesAhead(Protocol):
+    """A runtime that also chooses tokens, and queues a step before the last choice is taken.
+
+    So its device has work while the host turns a token into text. Choices are those that
+    ``Sampler`` would make of the same logits with the same seed.
+    """
+
+    def sample_ahead(
+        self,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        context: Sequence[int],
+        known: int,
+        limit: int,
+    ) -> Generator[int, None, None]:
+        """Runs tokens behind the cache, then yields the tokens that follow, one by one.
+
+        Whenever it yields, and wherever it is left, ``cached_ids`` holds all tokens but the last
+        that it gave: the step that is queued for that one does not count.
+
+        Args:
+            token_ids: the prompt, or what the cache does not hold of it.
+            sampling: how to choose; its random numbers are drawn from the seed, one per token.
+            context: the whole prompt, for the repetition penalty.
+            known: only the first so many tokens of the vocabulary are chosen.
+            limit: tokens to yield at most.
+
+        Raises:
+            RequestError: what does not fit the context, or logits that are not finite.
+        """
+        ...
+
+
 def open_runtime(
     path: str | Path,
     *,
@@ -110,6 +146,7 @@ def open_runtime(
     threads: int | None = None,
     verify: bool = False,
     prefill_chunk: int = DEFAULT_CHUNK,
+    graph: bool = False,
 ) -> Runtime:
     """Opens a bundle, or with ``backend="torch"`` a Hugging Face folder.
 
@@ -121,6 +158,7 @@ def open_runtime(
         threads: threads within an operator; by default one per physical core. MLX decides itself.
         verify: hash every file of the bundle first.
         prefill_chunk: tokens of a prompt that are run at once.
+        graph: run an MLX folder's ``decode.mlxfn`` instead of our own forward pass.
 
     Raises:
         BundleError: a damaged or unfit bundle.
@@ -144,7 +182,14 @@ def open_runtime(
             f"{folder} is made for {bundle.target}, the backend is {backend}; "
             f"export it with --to {backend}"
         )
+    if graph and bundle.target != "mlx":
+        raise BackendError(
+            f"{folder} is made for {bundle.target}, which is a graph anyway; leave out --graph"
+        )
     module = _import_backend(bundle.target)
+    if graph:
+        module = importlib.import_module("qwen2x.runtimes.mlx_graph_runtime")
+        return cast(Runtime, module.MlxGraphRuntime(bundle, device=device))
     if bundle.target == "mlx":
         mlx = module.MlxRuntime(bundle, device=device, prefill_chunk=prefill_chunk)
         return cast(Runtime, mlx)
@@ -248,7 +293,9 @@ class CacheBookkeeping:
         wrong = [token for token in token_ids if not 0 <= token < self.vocab_size]
         if wrong:
             raise RequestError(f"token ids must be in 0..{self.vocab_size - 1}, got {wrong[0]}")
-        needed = self.cache_length + len(token_ids)
+        self._require_room(self.cache_length + len(token_ids))
+
+    def _require_room(self, needed: int) -> None:
         if needed > self.max_context:
             raise RequestError(
                 f"{needed} positions are needed, the context has {self.max_context}; "

@@ -18,6 +18,7 @@ from qwen2x.quantize.errors import RequestError
 
 Logits = NDArray[np.float32]
 _HEAD = 1024
+NOT_FINITE = "the model's logits are not finite; validate the bundle, or export it in float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +95,7 @@ class Sampler:
         logits = self._penalize(logits)
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):
-            raise RequestError(
-                "the model's logits are not finite; validate the bundle, or export it in float32"
-            )
+            raise RequestError(NOT_FINITE)
         if self.sampling.temperature == 0:
             token_id = best
         else:
