@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +19,14 @@ from qwen2x.cli.options import (
     take_sampling,
 )
 from qwen2x.cli.output import log, print_json
-from qwen2x.quantize.errors import RequestError
+from qwen2x.cli.prompt import read_prompt
 
 if TYPE_CHECKING:
     from qwen2x.runtimes.generate import Generation
 
-
 _EXAMPLES = """\b
 Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0
-         cat story.txt | qwen2x run qwen-int4 --system "Summarize the text."
+         cat story.txt | qwen2x run qwen-int4 "Summarize this text."
 """
 
 
@@ -60,8 +58,10 @@ def command(
 ) -> None:
     """Answer PROMPT with MODEL: a bundle, a Hugging Face folder, or a hub id.
 
-    Without PROMPT, or with -, standard input is read. A checkpoint is exported once (float, or with
-    --bits) into the cache, and that bundle is used from then on.
+    Without PROMPT, or with -, standard input is read. With PROMPT, a file or text that is piped in
+    goes before it, with an empty line between; a pipe that stays silent for a second is left
+    alone. A checkpoint is exported once (float, or with --bits) into the cache, and that bundle is
+    used from then on.
     """
     from qwen2x.runtimes.generate import generate
 
@@ -70,7 +70,7 @@ def command(
             "--raw has no place for --system; write it into the prompt", click.get_current_context()
         )
     given = take_sampling(options)
-    text = _read_prompt(prompt)
+    text = read_prompt(prompt)
     started = time.perf_counter()
     with open_model(model, **options) as runtime:
         load_s = time.perf_counter() - started
@@ -83,51 +83,43 @@ def command(
             system=system,
             raw=raw,
         )
-        for piece in answer:
-            if not as_json:
-                click.echo(piece.text, nl=False)
-                sys.stdout.flush()
-        if not as_json:
-            click.echo()
-        timings = timings_of(answer, load_s)
         if as_json:
-            print_json(
-                {
-                    "text": answer.text,
-                    "token_ids": answer.token_ids,
-                    "prompt_tokens": len(answer.prompt_ids),
-                    "new_tokens": len(answer.token_ids),
-                    "finish_reason": answer.finish_reason,
-                    "backend": runtime.backend,
-                    "device": runtime.device,
-                    "timings": timings,
-                    "peak_memory_bytes": peak_memory_bytes(),
-                }
-            )
-    if verbose:
-        log(
-            f"{len(answer.prompt_ids)} prompt tokens at {timings['prefill_tokens_per_s']:.1f}/s, "
-            f"{len(answer.token_ids)} new at {timings['decode_tokens_per_s']:.1f}/s, "
-            f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s"
-        )
+            print_json(result_of(answer.run(), load_s))
+        else:
+            _stream(answer)
+        if verbose:
+            _log_speed(answer, load_s)
 
 
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is None or prompt == "-":
-        if prompt is None and sys.stdin.isatty():
-            log("reading the prompt from standard input; end it with Ctrl-D")
-        try:
-            # The line end that echo and editors add is not part of what was asked.
-            prompt = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"standard input is not UTF-8: {error}; convert it") from None
-    if not prompt.strip():
-        raise RequestError("the prompt is empty; give a text, or - for standard input")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"the prompt is not UTF-8: {error.reason}; convert it") from None
-    return prompt
+def _stream(answer: Generation) -> None:
+    """Prints an answer as it comes."""
+    for piece in answer:
+        click.echo(piece.text, nl=False)
+    click.echo()
+
+
+def result_of(answer: Generation, load_s: float) -> dict[str, Any]:
+    """The object that ``run --json`` prints, of an answer that is complete."""
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "prompt_tokens": len(answer.prompt_ids),
+        "new_tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "backend": answer.runtime.backend,
+        "device": answer.runtime.device,
+        "timings": timings_of(answer, load_s),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _log_speed(answer: Generation, load_s: float) -> None:
+    timings = timings_of(answer, load_s)
+    log(
+        f"{len(answer.prompt_ids)} prompt tokens at {timings['prefill_tokens_per_s']:.1f}/s, "
+        f"{len(answer.token_ids)} new at {timings['decode_tokens_per_s']:.1f}/s, "
+        f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s"
+    )
 
 
 def timings_of(answer: Generation, load_s: float) -> dict[str, float]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from qwen2x.exporters import bundle_cache
 from qwen2x.exporters.bundle import open_bundle
-from tests.cli.command import run_program
+from tests.cli.command import PROGRAM, environment, run_program
 from tests.cli.conftest import Call
 from tests.small_hub import SmallHub
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -81,6 +82,68 @@ def test_the_prompt_may_come_from_standard_input(
     assert piped["prompt_tokens"] == given["prompt_tokens"]
 
 
+def test_what_is_piped_goes_before_the_prompt(call: Call, float_bundle: Path) -> None:
+    """It was ignored. The order is that of ollama and llm."""
+    args = ("run", float_bundle, "--raw", *GREEDY, "--json")
+    whole = call(*args, "-", stdin=b"In the beginning\n\nWho was Abraham?").json
+    both = call(*args, "Who was Abraham?", stdin=b"In the beginning\n").json
+    assert both["prompt_tokens"] == whole["prompt_tokens"]
+    assert both["token_ids"] == whole["token_ids"]
+    alone = call(*args, "Who was Abraham?").json
+    assert call(*args, "Who was Abraham?", stdin=b" \n\n").json["token_ids"] == alone["token_ids"]
+
+
+def prompt_tokens(bundle: Path, stdin: object) -> tuple[int, str]:
+    """Of a process that got the prompt Who? and another standard input; and what it logged."""
+    done = subprocess.run(
+        [PROGRAM, "run", bundle, "Who?", "--raw", "--max-tokens", "1", "--json"],
+        stdin=stdin, capture_output=True, env=environment(), timeout=60, check=True,
+    )  # fmt: skip
+    count: int = json.loads(done.stdout)["prompt_tokens"]
+    return count, done.stderr.decode()
+
+
+def test_a_file_on_standard_input_goes_before_the_prompt(
+    float_bundle: Path, tmp_path: Path
+) -> None:
+    alone, _ = prompt_tokens(float_bundle, subprocess.DEVNULL)
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning\nwas the word.\n")
+    with text.open() as file:
+        assert prompt_tokens(float_bundle, file)[0] > alone
+    # `while read line; do qwen2x run ... "$line"; done <text.txt` keeps its other lines.
+    with text.open() as file:
+        os.lseek(file.fileno(), 17, os.SEEK_SET)
+        assert prompt_tokens(float_bundle, file) == (alone, "")
+        assert file.read() == "was the word.\n"
+
+
+def test_a_pipe_that_stays_silent_holds_nothing_up(float_bundle: Path) -> None:
+    """As standard input is under ssh or in a CI job: waiting for its end would never end."""
+    alone, _ = prompt_tokens(float_bundle, subprocess.DEVNULL)
+    reader, writer = os.pipe()
+    try:
+        count, err = prompt_tokens(float_bundle, reader)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert count == alone
+    assert "nothing came through standard input in 1 s, so PROMPT goes alone" in err
+
+
+def test_a_closed_standard_input_is_none(float_bundle: Path) -> None:
+    def run(*args: str) -> subprocess.CompletedProcess[bytes]:
+        command = f'"{PROGRAM}" run "{float_bundle}" --max-tokens 1 "$@" <&-'
+        return subprocess.run(
+            ["sh", "-c", command, "sh", *args], capture_output=True, env=environment(), check=False
+        )
+
+    assert run("Who?").returncode == 0
+    closed = run()
+    assert closed.returncode == 2
+    assert b"standard input, which is closed" in closed.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "stdin", "said"),
     [
@@ -88,6 +151,7 @@ def test_the_prompt_may_come_from_standard_input(
         (("-",), b"", "prompt is empty"),
         ((), b"  \n\n", "prompt is empty"),
         (("-",), b"\xff\xfe", "not UTF-8"),
+        (("x",), b"\xff\xfe", "not UTF-8"),
         (("a \udcff b",), b"", "not UTF-8"),
         (("x", "--temperature", "-1"), b"", "0..100, got -1"),
         (("x", "--temperature", "nan"), b"", "temperature"),
@@ -103,7 +167,7 @@ def test_the_prompt_may_come_from_standard_input(
         (("x", "--raw", "--system", "y"), b"", "--system"),
         (("x", "--device", "tpu"), b"", "--device"),
         (("x", "--device", "cuda"), b"", "CUDA"),
-        (("x", "--backend", "mlx"), b"", "expected onnx or torch"),
+        (("x", "--backend", "mlx"), b"", "the backend is mlx"),
         (("x", "--backend", "torch"), b"", "is a bundle"),
         (("x", "--bits", "8"), b"", "leave out --bits"),
         (("x", "--dtype", "float16", "--revision", "main"), b"", "--dtype and --revision"),
