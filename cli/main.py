@@ -9,6 +9,7 @@ from importlib import metadata
 
 import click
 
+from qwen2x.cli.standard_output import OutputError, StandardOutput
 from qwen2x.quantize.errors import Qwen2xError
 
 # Name: one line for `qwen2x --help`, so that it imports no command.
@@ -59,10 +60,13 @@ def main() -> None:
 
     141 as other programs where the reader of our output went away, which `| head` does.
     """
-    _speak_utf8()
     code: int | str | None
     try:
+        _prepare_streams()
         code = cli.main(prog_name="qwen2x", standalone_mode=False)
+    except OutputError as error:
+        code = _complain(str(error))
+        sys.stdout = None  # or Python would try once more when it ends, and say so
     except Qwen2xError as error:
         code = _complain(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -81,7 +85,7 @@ def main() -> None:
     sys.exit(code)
 
 
-def _speak_utf8() -> None:
+def _prepare_streams() -> None:
     """Prompts and answers are UTF-8, whatever the locale (or a pipe on Windows) would make them."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8")
@@ -89,6 +93,16 @@ def _speak_utf8() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # File names may hold any bytes; their escapes are JSON's too.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    stdout = sys.stdout
+    if stdout is None:
+        raise OutputError("expected an open standard output, got a closed one; try >/dev/null")
+    if stdout is sys.__stdout__ and isinstance(stdout, io.TextIOWrapper):
+        sys.stdout = StandardOutput(
+            stdout.buffer,
+            encoding="utf-8",
+            errors="backslashreplace",
+            line_buffering=stdout.line_buffering,
+        )
 
 
 def _complain(message: str) -> int:

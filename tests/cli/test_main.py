@@ -65,6 +65,39 @@ def test_a_reader_that_goes_away_gives_no_traceback(args: str, example: Path) ->
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize(
+    "args",
+    ["--help", "run --help", "inspect {bundle}", "inspect {bundle} --json",
+     "run {bundle} Hello --max-tokens 4", "run {bundle} Hello --max-tokens 4 --json",
+     "chat {bundle} --max-tokens 4"],
+)  # fmt: skip
+def test_a_full_disk_behind_standard_output_is_one_line_and_2(
+    args: str, float_bundle: Path
+) -> None:
+    """It was a traceback, and the 1 of a check that failed."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [PROGRAM, *args.format(bundle=float_bundle).split()], input=b"Hello\n", stdout=full,
+            stderr=subprocess.PIPE, env=environment(), check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"qwen2x: error: standard output cannot be written: No space")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_closed_standard_output_is_one_line_and_2(float_bundle: Path) -> None:
+    """The result went nowhere, with exit 0."""
+    done = subprocess.run(
+        ["sh", "-c", f'"{PROGRAM}" inspect "{float_bundle}" >&-'],
+        stderr=subprocess.PIPE, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.decode().splitlines() == [
+        "qwen2x: error: expected an open standard output, got a closed one; try >/dev/null"
+    ]
+
+
 def test_ctrl_c_is_130_and_one_word(example: Path) -> None:
     with subprocess.Popen(
         [PROGRAM, "run", example], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
