@@ -6,12 +6,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen2x.cli.conversation import load, save, shift
 from qwen2x.cli.options import (
+    SAMPLING_NAMES,
     model_options,
     open_model,
     quantize_options,
@@ -31,11 +33,16 @@ if TYPE_CHECKING:
     from qwen2x.runtimes.sampler import Sampling
 
 _QUOTES = '"""'
-_HELP = f"""  /clear          forget the conversation
-  /system TEXT    set the system message and forget the conversation
-  /help           this list
-  /exit           leave (or Ctrl-D)
+_HELP = f"""  /clear              forget the conversation
+  /system TEXT        set the system message and forget the conversation
+  /set                show how answers are sampled
+  /set FIELD VALUE    change it: {", ".join(SAMPLING_NAMES)}
+  /save FILE          write the conversation as JSON
+  /load FILE          go on with a saved one
+  /help               this list
+  /exit               leave (or Ctrl-D, or Ctrl-C twice)
   three quotes ({_QUOTES}) begin and end a message of several lines; Ctrl-C stops an answer"""
+_WHOLE_NUMBERS = ("top_k", "seed")
 
 
 @click.command(
@@ -52,8 +59,9 @@ def command(
 ) -> None:
     """Talk with MODEL: a bundle, a Hugging Face folder, or a hub id.
 
-    The KV cache is kept between turns, so only what is new is run. Ctrl-C stops the answer, not
-    the program; at the prompt it leaves. /help lists the commands.
+    The KV cache is kept between turns, so only what is new is run; when the context is full, the
+    oldest turns are forgotten. Ctrl-C stops the answer, not the program; twice at the prompt it
+    leaves. /help lists the commands.
     """
     given = take_sampling(options)
     with open_model(model, **options) as runtime:
@@ -64,13 +72,27 @@ def command(
             is_verbose=verbose,
         )
         talk.begin(system)
-        if sys.stdin.isatty():
+        if sys.stdin is not None and sys.stdin.isatty():
             with suppress(ImportError):
                 import readline  # noqa: F401 (gives input() arrow keys and a history)
             log(f"{model} on {runtime.backend}, {runtime.device}; /help for commands")
-        while (message := _read_message()) is not None:
-            if not talk.obey(message):
+        _converse(talk)
+
+
+def _converse(talk: Conversation) -> None:
+    """Line by line to the end. At a terminal the first Ctrl-C in a row only warns."""
+    is_warned = False
+    while True:
+        try:
+            typed = _read_message()
+            if typed is None or not talk.obey(typed):
                 return
+            is_warned = False
+        except KeyboardInterrupt:
+            if is_warned or not sys.stdin.isatty():
+                raise
+            is_warned = True
+            log("\npress Ctrl-C again or /exit to leave")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,36 +130,99 @@ class Conversation:
             self._answer(typed.text)
         elif word in ("/exit", "/quit", "/bye"):
             return False
-        elif word in ("/help", "/?"):
-            log(_HELP)
-        elif word == "/clear":
-            self.begin(self._system)
-        elif word == "/system":
-            self.begin(rest.strip() or None)
         else:
-            log(f"unknown command {word}; /help lists them, {_QUOTES} sends the line as it is")
+            try:
+                self._command(word, rest.strip())
+            except RequestError as error:
+                log(f"{word}: {error}")
         return True
+
+    def _command(self, word: str, rest: str) -> None:
+        match word:
+            case "/help" | "/?":
+                log(_HELP)
+            case "/clear":
+                self.begin(self._system)
+            case "/system":
+                self.begin(rest or None)
+            case "/set":
+                self._set(*rest.split())
+            case "/save":
+                log(f"wrote {save(self.messages, _required(rest))}")
+            case "/load":
+                self._load(_required(rest))
+            case _:
+                log(f"unknown command {word}; /help lists them, {_QUOTES} sends the line as it is")
+
+    def _set(self, *words: str) -> None:
+        """Changes one field of the sampling, or shows them all."""
+        if words:
+            if len(words) != 2:
+                raise RequestError(f"expected a field and its value, got {' '.join(words)!r}")
+            field = words[0].replace("-", "_")
+            changed: dict[str, Any] = {field: _read_value(field, words[1])}
+            self._sampling = replace(self._sampling, **changed)
+        log(", ".join(f"{name} {getattr(self._sampling, name)}" for name in SAMPLING_NAMES))
+
+    def _load(self, name: str) -> None:
+        self.messages = load(name)
+        first = self.messages[0]
+        self._system = first["content"] if first["role"] == "system" else None
+        log(f"going on after {len(self.messages)} messages")
 
     def _answer(self, text: str) -> None:
         """One turn. What was shown before Ctrl-C stays in the conversation."""
         from qwen2x.runtimes.generate import generate
 
-        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        context = self._runtime.max_context
         try:
+            messages, dropped = self._shifted([*self.messages, {"role": "user", "content": text}])
             answer = generate(
                 self._runtime, messages, max_tokens=self._max_tokens, sampling=self._sampling
             )
         except RequestError as error:
-            log(f"{error} (/clear forgets the conversation)")
+            log(f"{error} (this message is forgotten, /clear forgets all)")
             return
+        if dropped:
+            log(
+                f"the context of {context} tokens is full: the oldest {dropped} turns are forgotten"
+            )
         if _show(answer):
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        if len(answer.prompt_ids) + len(answer.token_ids) >= context:
+            log(f"the context of {context} tokens is full: the answer ends here")
         if self._is_verbose:
             speed = timings_of(answer, 0.0)["decode_tokens_per_s"]
             log(
                 f"{len(answer.prompt_ids)} prompt tokens ({answer.cached_tokens} cached), "
                 f"{len(answer.token_ids)} new at {speed:.1f}/s"
             )
+
+    def _shifted(self, messages: list[Message]) -> tuple[list[Message], int]:
+        """The messages that leave room for an answer, a quarter of the context at most."""
+        from qwen2x.runtimes.generate import read_text_files
+
+        files = read_text_files(self._runtime.folder)
+        context = self._runtime.max_context
+        reserve = min(self._max_tokens or context, context // 4)
+        return shift(messages, context, reserve, lambda kept: len(files.prompt_ids(kept)))
+
+
+def _required(name: str) -> str:
+    if not name:
+        raise RequestError("expected the name of a file, got nothing")
+    return name
+
+
+def _read_value(field: str, text: str) -> float:
+    """The value of a field of ``Sampling``, whose range that class checks."""
+    if field not in SAMPLING_NAMES:
+        raise RequestError(f"expected {', '.join(SAMPLING_NAMES)}, got {field!r}")
+    try:
+        return int(text) if field in _WHOLE_NUMBERS else float(text)
+    except ValueError:
+        kind = "a whole number" if field in _WHOLE_NUMBERS else "a number"
+        raise RequestError(f"expected {kind} for {field}, got {text!r}") from None
 
 
 def _show(answer: Generation) -> bool:
@@ -180,6 +265,8 @@ def _interrupt_noted(answer: Generation) -> Iterator[list[int]]:
 
 def _read_message() -> Typed | None:
     '''A line, or several between """ and """; None at the end.'''
+    if sys.stdin is None:
+        return None
     is_asked = sys.stdin.isatty()
     try:
         line = input("> " if is_asked else "")
