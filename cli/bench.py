@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from qwen2x.cli.machine import peak_memory_bytes, physical_cores
 from qwen2x.cli.options import json_option, place_options
-from qwen2x.cli.output import print_json, print_table, size_text
+from qwen2x.cli.output import log, print_json, print_table, size_text
+
+if TYPE_CHECKING:
+    from qwen2x.runtimes.runtime import Logits, Runtime
 
 
 @click.command("bench", epilog="\b\nExample: qwen2x bench qwen-int4 --threads 2")
@@ -39,7 +44,7 @@ from qwen2x.cli.output import print_json, print_table, size_text
 @json_option
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure prefill and decode speed of BUNDLE: medians of repeats after one to warm up."""
-    result = run_bench(bundle, **options)
+    result = run_bench(bundle, quiet=as_json, **options)
     if as_json:
         print_json(result)
         return
@@ -71,10 +76,9 @@ def run_bench(
     device: str = "auto",
     graph: bool = False,
     kv_bits: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """The object that ``bench --json`` prints."""
-    import time
-
+    """The object that ``bench --json`` prints; each run is told on standard error unless quiet."""
     from qwen2x.cli.judging import read_text
     from qwen2x.runtimes.bench import bench
     from qwen2x.runtimes.generate import read_text_files
@@ -84,7 +88,8 @@ def run_bench(
     with open_runtime(bundle, device=device, threads=threads, graph=graph) as runtime:
         load_s = time.perf_counter() - started
         text_ids = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
-        speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat)
+        timed = runtime if quiet else cast("Runtime", _Told(runtime, repeat))
+        speed = bench(timed, text_ids, prompt_tokens, new_tokens, repeat)
         return {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
@@ -100,3 +105,45 @@ def run_bench(
             "backend": runtime.backend,
             "device": runtime.device,
         }
+
+
+class _Told:
+    """A runtime that tells of every run, which begins and ends with a reset.
+
+    It speaks in ``reset`` only, where ``bench`` does not measure.
+    """
+
+    def __init__(self, runtime: Runtime, repeat: int) -> None:
+        self._runtime = runtime
+        self._names = ["warm-up", *(f"run {run} of {repeat}" for run in range(1, repeat + 1))]
+        self._prompt_tokens = self._steps = 0
+        self._prefill_s = self._prefilled = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def prefill(self, token_ids: Sequence[int]) -> Logits:
+        """See ``Runtime``."""
+        started = time.perf_counter()
+        logits = self._runtime.prefill(token_ids)
+        self._prefilled = time.perf_counter()
+        self._prefill_s, self._prompt_tokens = self._prefilled - started, len(token_ids)
+        return logits
+
+    def decode(self, token_id: int) -> Logits:
+        """See ``Runtime``."""
+        self._steps += 1
+        return self._runtime.decode(token_id)
+
+    def reset(self) -> None:
+        """See ``Runtime``."""
+        if self._steps:
+            decode_s = time.perf_counter() - self._prefilled
+            log(
+                f"{self._names.pop(0)}: prefill {self._prompt_tokens / self._prefill_s:.1f} "
+                f"tokens/s, decode {self._steps / decode_s:.1f} tokens/s"
+            )
+            self._steps = 0
+        else:
+            log("warming up")
+        self._runtime.reset()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qwen2x.cli.machine import peak_memory_bytes, physical_cores
 from tests.cli.conftest import Call
 
 SHORT = ("--prompt-tokens", "64", "--new-tokens", "8", "--repeat", "2")
+RUNS = ("run 1 of 2", "run 2 of 2")
 
 
 def test_bench_prints_the_contracts_object(call: Call, int4_bundle: Path) -> None:
@@ -33,6 +35,15 @@ def test_bench_shows_people_a_table(call: Call, int4_bundle: Path) -> None:
     done = call("bench", int4_bundle, *SHORT)
     for word in ("prefill", "decode", "first token", "peak memory", "onnx on cpu"):
         assert word in done.out
+
+
+def test_bench_tells_of_every_run_as_it_ends(call: Call, int4_bundle: Path) -> None:
+    lines = call("bench", int4_bundle, *SHORT).err.splitlines()
+    speeds = r"prefill [\d.]+ tokens/s, decode [\d.]+ tokens/s"
+    wanted = ["warming up", *(f"{run}: {speeds}" for run in ("warm-up", *RUNS))]
+    assert len(lines) == len(wanted)
+    for line, pattern in zip(lines, wanted, strict=True):
+        assert re.fullmatch(pattern, line)
 
 
 def test_what_does_not_fit_is_one_line(call: Call, int4_bundle: Path, tmp_path: Path) -> None:
