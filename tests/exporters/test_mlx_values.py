@@ -190,3 +190,15 @@ def test_both_targets_hold_the_same_integers_and_scales(
         assert (zero_points == found[0].zero_point).all()
         seen += modules
     assert sorted(seen) == sorted(modules_of(tensors))
+
+
+def test_a_folder_of_floats_is_a_source_like_the_one_it_was_made_of(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.4}
+    source = write_tiny_checkpoint(tmp_path / "source", rope_scaling=scaling)
+    export(source, "mlx", out=tmp_path / "floats")
+    for options in ({}, {"bits": 4}):
+        out = tmp_path / f"{len(options)}"
+        export(source, "mlx", out=out / "direct", **options)
+        export(tmp_path / "floats", "mlx", out=out / "again", **options)
+        for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
+            assert (out / "direct" / name).read_bytes() == (out / "again" / name).read_bytes(), name

@@ -30,6 +30,7 @@ from qwen2x.exporters.exporter import export
 from qwen2x.exporters.mlx_weights import MAX_SHARD_BYTES, lay_out
 from qwen2x.quantize.groups import dequantize, quantize
 from qwen2x.quantize.scheme import Scheme
+from qwen2x.runtimes.runtime import open_runtime
 from tests.exporters.judge import judge_logits, load_judge
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -56,11 +57,12 @@ V5 = {"rope_theta": None, "torch_dtype": None}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A checkpoint, and how it is exported; float32 unless an option says otherwise."""
+    """A checkpoint, what its config does not name, and how it is exported (float32 if untold)."""
 
     checkpoint: Mapping[str, Any]
     options: Mapping[str, Any]
     max_shard_bytes: int
+    unnamed: str
     has_generation_config: bool
 
 
@@ -68,6 +70,7 @@ def case(
     checkpoint: Mapping[str, Any] | None = None,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    unnamed: str = "",
     has_generation_config: bool = True,
     **options: Any,
 ) -> Case:
@@ -75,6 +78,7 @@ def case(
         checkpoint=checkpoint or {},
         options={"dtype": "float32"} | options,
         max_shard_bytes=max_shard_bytes,
+        unnamed=unnamed,
         has_generation_config=has_generation_config,
     )
 
@@ -105,8 +109,9 @@ CASES = {
         {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 1.5}}, bits=8
     ),
     "yarn-one-mscale": case({"rope_scaling": YARN | {"mscale": 0.7}}),
-    # mlx-lm has no default for it.
-    "no-epsilon": case({"rms_norm_eps": None}),
+    # mlx-lm has no default for the first, and another one than transformers for the second.
+    "no-epsilon": case(unnamed="rms_norm_eps"),
+    "untied-by-default": case(UNTIED, unnamed="tie_word_embeddings"),
     # transformers reads none of these, mlx-lm would follow each.
     "keys-of-mlx-lm": case(
         {
@@ -161,6 +166,9 @@ def all_opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Opened]:
     for name, item in CASES.items():
         checkpoint = {"dtype": "float32"} | dict(item.checkpoint)
         sources[name] = write_tiny_checkpoint(root / f"{name}-source", **checkpoint)
+        config = json.loads((sources[name] / "config.json").read_text("utf-8"))
+        config.pop(item.unnamed, None)
+        (sources[name] / "config.json").write_text(json.dumps(config), encoding="utf-8")
         if not item.has_generation_config:
             (sources[name] / "generation_config.json").unlink()
         folders[name] = root / name
@@ -218,6 +226,16 @@ def test_mlx_lm_computes_the_logits_of_transformers_and_goes_on_with_its_tokens(
     assert difference.max() <= LOGITS
     # Greedy means that each token is the best one behind those before it.
     assert tokens == expected[len(PROMPT) - 1 :].argmax(axis=-1).tolist()
+
+
+def test_mlx_lm_goes_on_as_our_own_runtime_does(opened: Opened) -> None:
+    with open_runtime(opened.folder, device="cpu") as runtime:
+        token = int(runtime.prefill(PROMPT.tolist()).argmax())
+        tokens = [token]
+        while len(tokens) < NEW_TOKENS:
+            token = int(runtime.decode(token).argmax())
+            tokens.append(token)
+    assert opened.said["token_ids"] == tokens
 
 
 def test_quantized_weights_differ_from_the_floats_by_far_more(
