@@ -7,7 +7,7 @@ heads, D head size, C positions that a cache has room for. Arithmetic follows tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -248,26 +248,6 @@ class Qwen2(nn.Module):  # type: ignore[misc]
         """
         angles = positions.astype(mx.float32)[:, None] * self._frequencies
         return mx.cos(angles) * self._attention_factor, mx.sin(angles) * self._attention_factor
-
-
-def step(
-    model: Qwen2, token_ids: mx.array, offset: mx.array, buffers: Sequence[mx.array]
-) -> tuple[mx.array, list[mx.array]]:
-    """One run as a pure function, to be compiled or exported.
-
-    Args:
-        model: its parameters are read at the time of the call.
-        token_ids: int32 [1, S].
-        offset: int32 [1], positions that the buffers hold already.
-        buffers: keys and values of layer 0, of layer 1, ...: [1, K, C, D] each, 2 per layer.
-
-    Returns:
-        Logits float32 [1, V] of the last row, and the buffers after the run.
-    """
-    count = token_ids.shape[1]
-    cache = FloatCache(list(buffers), Whole(offset, count, buffers[0].shape[2]))
-    logits = model(token_ids, offset + mx.arange(count), cache, keep=1)
-    return logits[:, -1], cache.buffers
 
 
 def build_model(config: Qwen2Config, quantization: Mapping[str, Any] | None, dtype: str) -> Qwen2:

@@ -1,4 +1,4 @@
-"""The KV cache of an MLX runtime: buffers that grow in steps, holding floats."""
+"""The KV cache of an MLX runtime: buffers that grow in steps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
-from qwen2x.exporters.mlx_model import DTYPES
+from qwen2x.exporters.mlx_model import DTYPES, Cache, FloatCache, Place
 from qwen2x.quantize.errors import RequestError
 
 # CUDA's fused decode kernel needs capacities that are a multiple of this.
@@ -54,15 +54,29 @@ def float_layout(facts: Mapping[str, Any]) -> Layout:
     )
 
 
+class BufferedCache(Cache, Protocol):
+    """A cache whose arrays can be taken back after a run."""
+
+    buffers: list[mx.array]
+
+
 class Buffers:
     """The arrays of one cache. Whoever runs a traced step puts its outputs in place of ``arrays``.
 
     No other reference to the arrays may be kept: MLX writes in place only where it holds the last.
+    ``extras`` are what else a cache reads, and does not change.
+
+    Args:
+        layout: what to make.
+        batch: sequences.
+        places: int32, positions of the columns where they are not 0, 1, ...
     """
 
-    def __init__(self, layout: Layout, *, batch: int = 1) -> None:
+    def __init__(self, layout: Layout, *, batch: int = 1, places: mx.array | None = None) -> None:
         self.layout = layout
+        self._places = places
         self.arrays: list[mx.array] = []
+        self.extras: list[mx.array] = []
         self._batch = batch
 
     @property
@@ -91,9 +105,13 @@ class Buffers:
             del array
             mx.eval(self.arrays[index])
 
+    def cache(self, arrays: list[mx.array], extras: list[mx.array], place: Place) -> BufferedCache:
+        """What a model writes to and reads from, over these arrays or traced ones like them."""
+        return FloatCache(arrays, place)
+
     def clear(self) -> None:
         """Gives the memory back."""
-        self.arrays = []
+        self.arrays, self.extras = [], []
         mx.clear_cache()
 
     def _require_memory(self, capacity: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,10 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from qwen2x.exporters.bundle import Bundle
-from qwen2x.exporters.mlx_model import FloatCache, Slices, load_model
+from qwen2x.exporters.mlx_model import Slices, Whole, load_model
 from qwen2x.quantize.errors import BackendError, RequestError
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.mlx_cache import Buffers, float_layout
+from qwen2x.runtimes.mlx_int8_cache import Int8Buffers, int8_layout, take_key_biases
 from qwen2x.runtimes.mlx_sampler import FAILED, MlxSampler
 from qwen2x.runtimes.runtime import (
     DEFAULT_CHUNK,
@@ -30,7 +32,12 @@ from qwen2x.runtimes.sampler import NOT_FINITE, Sampling
 
 
 class MlxRuntime(CacheBookkeeping):
-    """One model with one cache; see ``Runtime`` for what its methods give."""
+    """One model with one cache; see ``Runtime`` for what its methods give.
+
+    One token is run by a compiled step on Metal, which is traced anew when the cache has grown.
+    Elsewhere it is run eagerly: on CUDA a step's mask would cost the fused attention, and on the
+    CPU each of its kernels would be built by a C++ compiler first.
+    """
 
     backend = "mlx"
 
@@ -40,6 +47,7 @@ class MlxRuntime(CacheBookkeeping):
         *,
         device: str = "auto",
         prefill_chunk: int = DEFAULT_CHUNK,
+        kv_bits: int | None = None,
     ) -> None:
         super().__init__()
         self.bundle = bundle
@@ -53,12 +61,19 @@ class MlxRuntime(CacheBookkeeping):
         self.bits_per_weight = bundle.bits_per_weight
         self.prefill_chunk = prefill_chunk
         self._mx_device = mx.cpu if self.device == "cpu" else mx.gpu
-        self._layout = float_layout(bundle.cache)
-        self._buffers = Buffers(self._layout)
+        self._is_compiled = self.device == "metal"
+        self._compiled: Any = None
+        self._compiled_capacity = 0
+        layout = float_layout(bundle.cache) if kv_bits is None else int8_layout(bundle.cache)
         with mx.stream(self._mx_device):
             self._model: Any = load_model(
                 bundle.folder, bundle.model_config, bundle.quantization, bundle.dtype
             )
+            self._make_buffers: Any = partial(Buffers, layout)
+            if kv_bits is not None:
+                biases, angles = take_key_biases(self._model), self._model.angles
+                self._make_buffers = partial(Int8Buffers, layout, biases, angles)
+        self._buffers: Buffers = self._make_buffers()
 
     def logits(
         self,
@@ -72,14 +87,15 @@ class MlxRuntime(CacheBookkeeping):
         batch, sequence = token_ids.shape
         rows = np.empty((batch, sequence, self.vocab_size), np.float32)
         with mx.stream(self._mx_device):
-            buffers = Buffers(self._layout, batch=batch)
+            columns = mx.array(places, mx.int32)
+            buffers = self._make_buffers(batch=batch, places=columns)
             buffers.reserve(sequence)
             for start in range(0, sequence, self.prefill_chunk):
                 stop = min(sequence, start + self.prefill_chunk)
                 rows[:, start:stop] = self._model(
                     mx.array(token_ids[:, start:stop], mx.int32),
-                    mx.array(places[start:stop], mx.int32),
-                    FloatCache(buffers.arrays, Slices(start, stop)),
+                    columns[start:stop],
+                    buffers.cache(buffers.arrays, buffers.extras, Slices(start, stop)),
                     keep=stop - start,
                 )
         return rows
@@ -90,12 +106,12 @@ class MlxRuntime(CacheBookkeeping):
         self._require_rows(token_ids, None, None)
         seen: list[mx.array] = []
         with mx.stream(self._mx_device):
-            buffers = Buffers(float_layout(self.bundle.cache))
+            buffers = self._make_buffers()
             buffers.reserve(count)
             self._model(
                 mx.array(token_ids, mx.int32),
                 mx.arange(count, dtype=mx.int32),
-                FloatCache(buffers.arrays, Slices(0, count)),
+                buffers.cache(buffers.arrays, buffers.extras, Slices(0, count)),
                 keep=1,
                 seen=seen,
             )
@@ -134,8 +150,9 @@ class MlxRuntime(CacheBookkeeping):
 
     def close(self) -> None:
         """Gives model and cache back."""
-        self._model = None
         self._buffers.clear()
+        self._buffers = Buffers(self._buffers.layout)
+        self._model = self._compiled = self._make_buffers = None
 
     def _reserve(self, length: int) -> None:
         with mx.stream(self._mx_device):
@@ -153,10 +170,40 @@ class MlxRuntime(CacheBookkeeping):
     def _forward(self, token_ids: mx.array, past: int, keep: int) -> mx.array:
         """Logits float32 [1, keep, V], not evaluated yet, of int32 [1, S] behind ``past``."""
         total = past + token_ids.shape[1]
-        self._buffers.reserve(total)
-        cache = FloatCache(self._buffers.arrays, Slices(past, total))
+        buffers = self._buffers
+        buffers.reserve(total)
+        if self._is_compiled and total == past + 1:
+            return self._forward_compiled(token_ids, past)
+        cache = buffers.cache(buffers.arrays, buffers.extras, Slices(past, total))
         rows: mx.array = self._model(token_ids, mx.arange(past, total), cache, keep)
         return rows
+
+    def _forward_compiled(self, token_ids: mx.array, past: int) -> mx.array:
+        buffers = self._buffers
+        if self._compiled is None or self._compiled_capacity != buffers.capacity:
+            # A new one, so that the traces of smaller caches go.
+            self._compiled, self._compiled_capacity = mx.compile(self._step), buffers.capacity
+        rows: mx.array
+        rows, buffers.arrays = self._compiled(
+            token_ids, mx.array([past]), buffers.arrays, buffers.extras
+        )
+        return rows
+
+    def _step(
+        self,
+        token_ids: mx.array,
+        offset: mx.array,
+        arrays: list[mx.array],
+        extras: list[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
+        """One token as a pure function: logits float32 [1, 1, V], and the arrays after it.
+
+        Takes int32 [1, 1], the positions before it int32 [1], and the arrays of the cache.
+        """
+        place = Whole(offset, 1, arrays[0].shape[2])
+        cache = self._buffers.cache(list(arrays), extras, place)
+        rows = self._model(token_ids, offset, cache, keep=1)
+        return rows, cache.buffers
 
     def _queue(self, token_ids: mx.array, past: int, sampler: MlxSampler) -> mx.array:
         """Runs int32 [S] behind ``past`` and chooses what follows, int32 [1], asynchronously."""

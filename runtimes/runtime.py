@@ -147,6 +147,7 @@ def open_runtime(
     verify: bool = False,
     prefill_chunk: int = DEFAULT_CHUNK,
     graph: bool = False,
+    kv_bits: int | None = None,
 ) -> Runtime:
     """Opens a bundle, or with ``backend="torch"`` a Hugging Face folder.
 
@@ -159,6 +160,7 @@ def open_runtime(
         verify: hash every file of the bundle first.
         prefill_chunk: tokens of a prompt that are run at once.
         graph: run an MLX folder's ``decode.mlxfn`` instead of our own forward pass.
+        kv_bits: 8 halves the KV cache of an MLX folder; by default it holds floats.
 
     Raises:
         BundleError: a damaged or unfit bundle.
@@ -174,6 +176,7 @@ def open_runtime(
             raise BackendError(
                 f"{folder} is a bundle, which torch cannot run; give the checkpoint it was made of"
             )
+        _require_kv_bits(kv_bits, "torch")
         module = _import_backend("torch")
         return cast(Runtime, module.TorchRuntime(folder, device=device, threads=threads))
     bundle = open_bundle(folder, verify=verify)
@@ -186,12 +189,13 @@ def open_runtime(
         raise BackendError(
             f"{folder} is made for {bundle.target}, which is a graph anyway; leave out --graph"
         )
+    _require_kv_bits(kv_bits, "a graph" if graph else bundle.target)
     module = _import_backend(bundle.target)
     if graph:
         module = importlib.import_module("qwen2x.runtimes.mlx_graph_runtime")
         return cast(Runtime, module.MlxGraphRuntime(bundle, device=device))
     if bundle.target == "mlx":
-        mlx = module.MlxRuntime(bundle, device=device, prefill_chunk=prefill_chunk)
+        mlx = module.MlxRuntime(bundle, device=device, prefill_chunk=prefill_chunk, kv_bits=kv_bits)
         return cast(Runtime, mlx)
     return cast(
         Runtime,
@@ -340,6 +344,20 @@ def integers(token_ids: Sequence[Any]) -> list[int]:
         return [operator.index(token) for token in token_ids]
     except TypeError:
         raise RequestError(f"token ids must be integers, got {token_ids!r:.80}") from None
+
+
+def _require_kv_bits(kv_bits: int | None, backend: str) -> None:
+    if kv_bits is None:
+        return
+    if kv_bits != 8:
+        raise BackendError(
+            f"kv_bits must be 8, got {kv_bits!r}; fewer spoil the keys of Qwen2, leave it out for "
+            "floats"
+        )
+    if backend != "mlx":
+        raise BackendError(
+            f"an 8-bit KV cache is there for mlx, not for {backend}; leave out kv_bits"
+        )
 
 
 def _is_source(folder: Path) -> bool:

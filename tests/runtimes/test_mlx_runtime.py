@@ -262,6 +262,47 @@ def test_a_step_does_not_copy_the_cache(make_bundle: MakeBundle, random_checkpoi
         assert peak_of(PROMPT[:1]) > size / 2, "the figures above would not show a copy"
 
 
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_the_step_as_a_pure_function_is_the_eager_one(
+    make_bundle: MakeBundle,
+    random_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kv_bits: int | None,
+) -> None:
+    # What is compiled on Metal; the compiler itself is left out, the next test has it.
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    bundle = make_bundle(random_checkpoint, target="mlx", dtype="float32")
+    tokens = (PROMPT * 3)[:270]
+    with open_runtime(bundle, kv_bits=kv_bits) as runtime:
+        whole = runtime.logits(np.array([tokens]))[0]
+        monkeypatch.setattr(runtime, "_is_compiled", True)
+        runtime.prefill(tokens[:200])
+        near(np.stack([runtime.decode(token) for token in tokens[200:]]), whole[200:], FLOAT32_SELF)
+        runtime.truncate(150)
+        near(np.stack([runtime.decode(token) for token in tokens[150:160]]), whole[150:160])
+        runtime.reset()
+        near(np.stack([runtime.decode(token) for token in tokens[:10]]), whole[:10], FLOAT32_SELF)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="MLX compiles for the CPU with g++")
+def test_the_compiled_step_is_the_eager_one_and_copies_nothing(
+    make_bundle: MakeBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", dtype="float32", num_hidden_layers=1)
+    with open_runtime(make_bundle(source, target="mlx", dtype="float32")) as runtime:
+        whole = runtime.logits(np.array([PROMPT]))[0]
+        monkeypatch.setattr(runtime, "_is_compiled", True)
+        near(np.stack([runtime.decode(token) for token in PROMPT[:60]]), whole[:60], FLOAT32_SELF)
+        cache: Any = runtime._buffers  # type: ignore[attr-defined]
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        near(np.stack([runtime.decode(token) for token in PROMPT[60:]]), whole[60:], FLOAT32_SELF)
+        # There are two buffers.
+        size = cache.capacity * cache.layout.bytes_per_position
+        assert mx.get_peak_memory() - before < size / 2
+
+
 def test_facts_are_those_of_the_bundle(make_bundle: MakeBundle, random_checkpoint: Path) -> None:
     bundle = make_bundle(random_checkpoint, target="mlx", bits=4)
     with open_runtime(bundle) as runtime:
