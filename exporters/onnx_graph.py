@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper
 
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_attention import AttentionBuilder, B, S, T
@@ -72,6 +72,7 @@ class _Decoder:
         self.float = recipe.target.float_type
         self.residual_type = recipe.target.residual_type
         self.layout = WeightLayout()
+        self.cast_scales: dict[str, str] = {}
         self.graph = GraphBuilder()
         self.graph.input("input_ids", TensorProto.INT64, (B, S))
         self.graph.input("attention_mask", TensorProto.INT64, (B, T))
@@ -191,10 +192,9 @@ class _Decoder:
         # The head's bytes once more, under the flat shape that this operator wants.
         flat = (table.rows, table.values.row_bytes)
         codes = graph.external(f"{table.name}_table", table.values, flat)
-        scales = graph.external(f"{table.name}_scales", table.scales)
         return graph.op(
             f"{place}/GatherBlockQuantized",
-            [codes, "input_ids", scales],
+            [codes, "input_ids", self._scales(table)],
             self.float,
             shape,
             domain=MICROSOFT,
@@ -217,9 +217,8 @@ class _Decoder:
 
     def _quantized_matmul(self, place: str, x: str, weight: Weight, shape: Shape, bias: str) -> str:
         assert weight.scheme is not None
-        assert weight.scales is not None
         codes = self.graph.external(f"{weight.name}_codes", weight.values)
-        scales = self.graph.external(f"{weight.name}_scales", weight.scales)
+        scales = self._scales(weight)
         return self.graph.op(
             f"{place}/MatMulNBits",
             [x, codes, scales, *(["", "", bias] if bias else [])],
@@ -232,6 +231,18 @@ class _Decoder:
             block_size=weight.scheme.group_size,
             accuracy_level=self.target.accuracy_level,
         )
+
+    def _scales(self, weight: Weight) -> str:
+        """Scales [rows, groups] in the matrices' type, from bfloat16, which the session folds."""
+        assert weight.scales is not None
+        name = self.graph.external(f"{weight.name}_scales", weight.scales)
+        if helper.np_dtype_to_tensor_dtype(weight.scales.dtype) == self.float:
+            return name
+        if name not in self.cast_scales:
+            place = f"/scales/{weight.name}/Cast"
+            shape: Shape = weight.scales.shape
+            self.cast_scales[name] = self.graph.op(place, [name], self.float, shape, to=self.float)
+        return self.cast_scales[name]
 
     def _float_matmul(self, place: str, x: str, weight: Weight, shape: Shape) -> str:
         graph = self.graph

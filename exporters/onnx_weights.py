@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from qwen2x.exporters.onnx_target import NUMPY_TYPES
 from qwen2x.exporters.weights import DataFile, Region, Weight
@@ -14,6 +15,7 @@ from qwen2x.quantize.scheme import Scheme
 
 DATA_FILE = "model.onnx_data"
 ALIGNMENT = 4096
+_SCALE_TYPES = {TensorProto.FLOAT: NUMPY_TYPES[TensorProto.BFLOAT16]}
 
 
 @dataclass
@@ -42,7 +44,9 @@ class WeightLayout:
         element_type: int,
         scheme: Scheme | None,
     ) -> Weight:
-        """A matrix [rows, columns] in a float type, or as codes with scales of that type.
+        """A matrix [rows, columns] in a float type, or as codes with scales.
+
+        A scale is a bfloat16 number, and stored as one where the float type is wider.
 
         Raises:
             SchemeError: the group size does not divide the columns.
@@ -63,7 +67,7 @@ class WeightLayout:
                 columns=columns,
                 values=self._region(np.uint8, shape),
                 scheme=scheme,
-                scales=self._region(float_type, shape[:2]),
+                scales=self._region(_SCALE_TYPES.get(element_type, float_type), shape[:2]),
             )
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from ml_dtypes import bfloat16
 from onnx import TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
@@ -409,6 +410,8 @@ def stored_matrices(bundle: Path) -> dict[str, Float]:
     def stored(name: str) -> bytes:
         return data[infos[name].offset : infos[name].offset + infos[name].length]
 
+    # Scales of float32 graphs are stored as bfloat16 and cast.
+    casts = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
     matrices = {}
     for node in model.graph.node:
         if node.op_type != "MatMulNBits":
@@ -417,8 +420,9 @@ def stored_matrices(bundle: Path) -> dict[str, Float]:
         rows, bits = attributes["N"], attributes["bits"]
         scheme = Scheme(bits=bits, group_size=attributes["block_size"])
         packed = np.frombuffer(stored(node.input[1]), np.uint8).reshape(rows, -1)
-        kind = onnx.helper.tensor_dtype_to_np_dtype(kinds[node.input[2]])
-        scales = np.frombuffer(stored(node.input[2]), kind).astype(np.float32).reshape(rows, -1)
+        scales = casts.get(node.input[2], node.input[2])
+        kind = onnx.helper.tensor_dtype_to_np_dtype(kinds[scales])
+        scales = np.frombuffer(stored(scales), kind).astype(np.float32).reshape(rows, -1)
         matrix = QuantizedMatrix(codes=unpack_bytes(packed, bits), scales=scales, scheme=scheme)
         matrices[node.input[1].removesuffix("_codes")] = dequantize(matrix)
     return matrices
@@ -457,11 +461,12 @@ def stored_embedding(bundle: Path) -> Float:
     attributes = {item.name: item.i for item in node.attribute}
     assert attributes["bits"] == 8
     data = (bundle / "model.onnx_data").read_bytes()
-    codes, scales = infos[node.input[0]], infos[node.input[2]]
+    (cast,) = [item for item in model.graph.node if item.output[0] == node.input[2]]
+    codes, scales = infos[node.input[0]], infos[cast.input[0]]
     packed = np.frombuffer(data[codes.offset : codes.offset + codes.length], np.uint8)
-    factors = np.frombuffer(data[scales.offset : scales.offset + scales.length], np.float32)
+    factors = np.frombuffer(data[scales.offset : scales.offset + scales.length], bfloat16)
     centred = packed.astype(np.float32).reshape(-1, attributes["block_size"]) - 128
-    return (centred * factors[:, None]).reshape(2048, -1)
+    return (centred * factors.astype(np.float32)[:, None]).reshape(2048, -1)
 
 
 def with_float_activations(bundle: Path) -> Path:
