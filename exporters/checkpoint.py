@@ -1,21 +1,22 @@
-"""A Hugging Face checkpoint folder, opened lazily: tensors are read from their shards in rows.
+"""A Hugging Face checkpoint folder, opened lazily: its shards are memory-mapped and read in rows.
 
 Layout (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON
 header ``{name: {dtype, shape, data_offsets}}``, then the data. The safetensors library checks each
-file's header (length, overlap, holes, sizes against the file); we then read the bytes ourselves
-and do not map them: mapped pages count as resident memory, and those around a chunk come back after
-it was given up, so that memory would grow with the model.
+file's header (length, overlap, holes, sizes against the file); we then map the files ourselves and
+give up the pages of each chunk once its rows are copied. Mapped pages count as resident memory,
+which would otherwise grow with the model.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +32,8 @@ INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
 _SINGLE = "model.safetensors"
 _SHOWN = 12
+# A fault maps up to a huge page of what is cached around it, so that much more is given up.
+_AROUND_BYTES = 1 << 21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +64,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.tensors = tensors
-        self._files = {shard: (folder / shard).open("rb") for shard in self.shards}
-        self._lock = Lock()
+        self._mappings = {shard: _map(folder / shard) for shard in self.shards}
 
     @property
     def shards(self) -> list[str]:
@@ -82,20 +84,7 @@ class Checkpoint:
         """
         tensor = self.tensors[name]
         stop = tensor.shape[0] if stop is None else stop
-        dtype = np.dtype(DTYPES[tensor.dtype])
-        count = (stop - start) * tensor.row_elements
-        offset = tensor.offset + start * tensor.row_elements * dtype.itemsize
-        stored = np.empty(count, dtype)
-        with self._lock:
-            file = self._files[tensor.shard]
-            file.seek(offset)
-            read = file.readinto(stored.view(np.uint8).data)
-        if read != stored.nbytes:
-            raise CheckpointError(
-                f"{name} ends after {read} of {stored.nbytes} bytes: {tensor.shard} was changed "
-                "while it was read; leave it alone during an export"
-            )
-        values = _to_float32(stored)
+        values = self._copy(tensor, start, stop)
         # A sum is finite only if every element is, short of an overflow, which is then looked at.
         with np.errstate(over="ignore", invalid="ignore"):
             total = values.sum()
@@ -106,10 +95,29 @@ class Checkpoint:
             )
         return values.reshape(stop - start, *tensor.shape[1:])
 
+    def _copy(self, tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
+        """The elements of rows ``start:stop``; their pages are given up."""
+        mapping = self._mappings[tensor.shard]
+        dtype = np.dtype(DTYPES[tensor.dtype])
+        count = (stop - start) * tensor.row_elements
+        size = count * dtype.itemsize
+        offset = tensor.offset + start * tensor.row_elements * dtype.itemsize
+        # To touch a page beyond the file's end would end the process. A cut within the millisecond
+        # from here to the end of the copy still does.
+        left = min(mapping.size(), len(mapping)) - offset
+        if left < size:
+            raise CheckpointError(
+                f"{tensor.name} ends after {max(left, 0)} of {size} bytes: {tensor.shard} was "
+                "changed while it was read; leave it alone during an export"
+            )
+        values = _to_float32(np.frombuffer(mapping, dtype, count, offset))
+        _give_up(mapping, offset, offset + size)
+        return values
+
     def close(self) -> None:
         """Closes the shards."""
-        for file in self._files.values():
-            file.close()
+        for mapping in self._mappings.values():
+            mapping.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -288,12 +296,29 @@ def _require_same_bytes(folder: Path, head: Tensor, embedding: Tensor) -> None:
         )
 
 
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def _to_float32(stored: NDArray[Any]) -> NDArray[np.float32]:
+    """A copy in any case."""
     if stored.dtype == bfloat16:
         wide = stored.view(np.uint16).astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
-    return stored.astype(np.float32, copy=False)
+    return stored.astype(np.float32)
+
+
+def _give_up(mapping: mmap.mmap, start: int, stop: int) -> None:
+    """Unmaps bytes ``start:stop`` and what came with them; they come back when they are touched.
+
+    Other systems than Linux keep the pages until they need the memory.
+    """
+    if sys.platform == "linux":
+        first = max(start - _AROUND_BYTES, 0) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = min(stop + _AROUND_BYTES, len(mapping))
+        mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _some(names: list[str]) -> str:

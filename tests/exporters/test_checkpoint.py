@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
-from qwen2x.exporters.checkpoint import INDEX, find_shards, open_checkpoint
+from qwen2x.exporters.checkpoint import INDEX, open_checkpoint
 from qwen2x.exporters.exporter import export
 from qwen2x.quantize.errors import CheckpointError
 from tests.exporters.refusal import refused_export
@@ -25,6 +25,7 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 SHARDED = 300_000
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 Change = Callable[[dict[str, Any]], object]
+CUTTABLE = pytest.mark.skipif(os.name == "nt", reason="Windows cuts no file that is mapped")
 
 
 @pytest.fixture
@@ -53,13 +54,6 @@ def change_header(source: Path, change: Change) -> None:
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def change_index(source: Path, change: Change) -> None:
-    path = source / INDEX
-    index = json.loads(path.read_text("utf-8"))
-    change(index["weight_map"])
-    path.write_text(json.dumps(index), "utf-8")
 
 
 # What is read
@@ -139,6 +133,75 @@ def test_a_missing_tokenizer_is_fine_for_an_export(source: Path, tmp_path: Path)
 def test_a_vocabulary_padded_beyond_the_tokenizer_is_fine(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", vocab_size=2112)
     assert export(source, out=tmp_path / "bundle").manifest["config"]["vocab_size"] == 2112
+
+
+def test_tensors_at_odd_offsets_are_read(source: Path) -> None:
+    names = (Q_PROJ, "model.norm.weight")
+    with open_checkpoint(source) as checkpoint:
+        expected = [checkpoint.rows(name) for name in names]
+        parity = checkpoint.tensors[Q_PROJ].offset % 2
+    # JSON may be followed by spaces.
+    path = source / "model.safetensors"
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    path.write_bytes(
+        struct.pack("<Q", length + 1) + data[8 : 8 + length] + b" " + data[8 + length :]
+    )
+    with open_checkpoint(source) as checkpoint:
+        assert checkpoint.tensors[Q_PROJ].offset % 2 != parity
+        for name, values in zip(names, expected, strict=True):
+            np.testing.assert_array_equal(checkpoint.rows(name), values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_belong_to_the_caller(dtype: str, tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "source", dtype=dtype)
+    before = (source / "model.safetensors").read_bytes()
+    with open_checkpoint(source) as checkpoint:
+        first = checkpoint.rows(Q_PROJ)
+        first += 1
+        np.testing.assert_array_equal(checkpoint.rows(Q_PROJ) + 1, first)
+    assert np.isfinite(first).all()
+    assert (source / "model.safetensors").read_bytes() == before
+
+
+def test_many_threads_read_the_same_as_one(source: Path) -> None:
+    with open_checkpoint(source) as checkpoint:
+        chunks = [
+            (name, row) for name, t in checkpoint.tensors.items() for row in range(t.shape[0])
+        ]
+        alone = [checkpoint.rows(name, row, row + 1) for name, row in chunks]
+        with ThreadPoolExecutor(8) as pool:
+            together = pool.map(lambda chunk: checkpoint.rows(*chunk, chunk[1] + 1), chunks)
+            for one, other in zip(alone, together, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_reading_stops_with_an_error_while_the_checkpoint_stays_usable(source: Path) -> None:
+    change_tensors(source, lambda tensors: tensors[Q_PROJ].__setitem__((0, 0), np.nan))
+    with open_checkpoint(source) as checkpoint:
+        with pytest.raises(CheckpointError):
+            checkpoint.rows(Q_PROJ)
+        assert np.isfinite(checkpoint.rows(Q_PROJ, 1, 2)).all()
+
+
+@CUTTABLE
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(
+    kept: int, source: Path
+) -> None:
+    with open_checkpoint(source) as checkpoint:
+        os.truncate(source / "model.safetensors", checkpoint.tensors[Q_PROJ].offset + kept)
+        with pytest.raises(CheckpointError, match=f"{Q_PROJ} ends after {kept} of 32768 bytes"):
+            checkpoint.rows(Q_PROJ)
+
+
+@CUTTABLE
+def test_a_file_that_is_emptied_while_it_is_read_is_an_error_and_no_crash(source: Path) -> None:
+    with open_checkpoint(source) as checkpoint:
+        os.truncate(source / "model.safetensors", 0)
+        with pytest.raises(CheckpointError, match=f"{Q_PROJ} ends after 0 of 32768 bytes"):
+            checkpoint.rows(Q_PROJ)
 
 
 # What is refused: each leaves nothing behind
@@ -354,104 +417,3 @@ def test_pickle_weights_are_refused_unopened(source: Path, out: Path) -> None:
 def test_a_folder_without_weights_is_refused(source: Path, out: Path) -> None:
     (source / "model.safetensors").unlink()
     assert f"has no weights; expected model.safetensors or {INDEX}" in refused_export(source, out)
-
-
-# The index
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    return write_tiny_checkpoint(tmp_path / "sharded", max_shard_bytes=SHARDED)
-
-
-def test_a_missing_shard_is_named(sharded: Path, out: Path) -> None:
-    first, *others = find_shards(sharded)
-    (sharded / first).unlink()
-    message = refused_export(sharded, out)
-    assert message == (
-        f"1 of {len(others) + 1} shards named in {INDEX} are missing: {first}; fetch them"
-    )
-
-
-def test_a_shard_whose_link_points_nowhere_is_missing(sharded: Path, out: Path) -> None:
-    first = find_shards(sharded)[0]
-    (sharded / first).unlink()
-    (sharded / first).symlink_to("nowhere")
-    assert f"are missing: {first}" in refused_export(sharded, out)
-
-
-@pytest.mark.parametrize("outside", ["../elsewhere.safetensors", "/etc/passwd", "sub/x", ".."])
-def test_an_index_that_points_outside_is_refused(outside: str, sharded: Path, out: Path) -> None:
-    shutil.copyfile(sharded / find_shards(sharded)[0], sharded.parent / "elsewhere.safetensors")
-    change_index(sharded, lambda index: index.update({Q_PROJ: outside}))
-    message = refused_export(sharded, out)
-    assert outside in message
-    assert "outside its folder" in message or "missing" in message
-
-
-@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "[]", "{"])
-def test_a_damaged_index_is_refused(text: str, sharded: Path, out: Path) -> None:
-    (sharded / INDEX).write_text(text, "utf-8")
-    assert INDEX in refused_export(sharded, out)
-
-
-def test_an_index_that_names_the_wrong_shard_is_refused(sharded: Path, out: Path) -> None:
-    last = find_shards(sharded)[-1]
-    change_index(sharded, lambda index: index.update({"model.embed_tokens.weight": last}))
-    message = refused_export(sharded, out)
-    assert "names tensors that their shards do not hold: model.embed_tokens.weight" in message
-
-
-def test_a_tensor_stored_in_two_shards_is_refused(sharded: Path, out: Path) -> None:
-    first, second, *_ = find_shards(sharded)
-    tensors = load_file(sharded / second)
-    name = next(iter(load_file(sharded / first)))
-    tensors[name] = load_file(sharded / first)[name]
-    save_file(tensors, sharded / second)
-    message = refused_export(sharded, out)
-    assert f"{name} is stored twice, in {first} and {second}; expected each tensor once" == message
-
-
-def test_a_single_file_beside_a_foreign_index_is_refused(sharded: Path, out: Path) -> None:
-    other = write_tiny_checkpoint(sharded.parent / "other", seed=1)
-    shutil.copyfile(other / "model.safetensors", sharded / "model.safetensors")
-    message = refused_export(sharded, out)
-    assert f"holds model.safetensors and an {INDEX} that names other files" in message
-    assert "remove the other" in message
-
-
-def test_an_index_of_the_single_file_is_fine(source: Path, tmp_path: Path) -> None:
-    names = load_file(source / "model.safetensors")
-    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
-    (source / INDEX).write_text(json.dumps(index), "utf-8")
-    export(source, out=tmp_path / "bundle")
-
-
-def test_the_order_of_shards_and_tensors_does_not_matter(sharded: Path, tmp_path: Path) -> None:
-    one = write_tiny_checkpoint(tmp_path / "one")
-    tensors = load_file(one / "model.safetensors")
-    names = sorted(tensors, key=lambda name: name[::-1])
-    for shard in find_shards(sharded):
-        (sharded / shard).unlink()
-    parts = {"model-z.safetensors": names[::2], "model-a.safetensors": names[1::2]}
-    for file, part in parts.items():
-        save_file({name: tensors[name] for name in part}, sharded / file)
-    weight_map = {name: file for file, part in parts.items() for name in part}
-    (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}), "utf-8")
-    expected = export(one, out=tmp_path / "a").manifest["files"]
-    assert export(sharded, out=tmp_path / "b").manifest["files"] == expected
-
-
-def test_reading_stops_with_an_error_while_the_checkpoint_stays_usable(source: Path) -> None:
-    change_tensors(source, lambda tensors: tensors[Q_PROJ].__setitem__((0, 0), np.nan))
-    with open_checkpoint(source) as checkpoint:
-        with pytest.raises(CheckpointError):
-            checkpoint.rows(Q_PROJ)
-        assert np.isfinite(checkpoint.rows(Q_PROJ, 1, 2)).all()
-
-
-def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_crash(source: Path) -> None:
-    with open_checkpoint(source) as checkpoint:
-        os.truncate(source / "model.safetensors", checkpoint.tensors[Q_PROJ].offset + 1000)
-        with pytest.raises(CheckpointError, match=f"{Q_PROJ} ends after 1000 of 32768 bytes"):
-            checkpoint.rows(Q_PROJ)
