@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +13,7 @@ from qwen2x.cli.options import json_option, place_options
 from qwen2x.cli.output import log, print_json, print_table, size_text
 
 if TYPE_CHECKING:
-    from qwen2x.runtimes.runtime import Logits, Runtime
+    from qwen2x.runtimes.bench import Speed
 
 
 @click.command("bench", epilog="\b\nExample: qwen2x bench qwen-int4 --threads 2")
@@ -85,11 +84,16 @@ def run_bench(
     from qwen2x.runtimes.runtime import open_runtime
 
     started = time.perf_counter()
-    with open_runtime(bundle, device=device, threads=threads, graph=graph) as runtime:
+    bits = int(kv_bits) if kv_bits else None
+    with open_runtime(bundle, device=device, threads=threads, graph=graph, kv_bits=bits) as runtime:
         load_s = time.perf_counter() - started
         text_ids = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
-        timed = runtime if quiet else cast("Runtime", _Told(runtime, repeat))
-        speed = bench(timed, text_ids, prompt_tokens, new_tokens, repeat)
+        if not quiet:
+            log("warming up")
+        tell = (
+            (lambda run, speed: None) if quiet else (lambda run, speed: _tell(run, speed, repeat))
+        )
+        speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat, tell)
         return {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
@@ -107,43 +111,9 @@ def run_bench(
         }
 
 
-class _Told:
-    """A runtime that tells of every run, which begins and ends with a reset.
-
-    It speaks in ``reset`` only, where ``bench`` does not measure.
-    """
-
-    def __init__(self, runtime: Runtime, repeat: int) -> None:
-        self._runtime = runtime
-        self._names = ["warm-up", *(f"run {run} of {repeat}" for run in range(1, repeat + 1))]
-        self._prompt_tokens = self._steps = 0
-        self._prefill_s = self._prefilled = 0.0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
-
-    def prefill(self, token_ids: Sequence[int]) -> Logits:
-        """See ``Runtime``."""
-        started = time.perf_counter()
-        logits = self._runtime.prefill(token_ids)
-        self._prefilled = time.perf_counter()
-        self._prefill_s, self._prompt_tokens = self._prefilled - started, len(token_ids)
-        return logits
-
-    def decode(self, token_id: int) -> Logits:
-        """See ``Runtime``."""
-        self._steps += 1
-        return self._runtime.decode(token_id)
-
-    def reset(self) -> None:
-        """See ``Runtime``."""
-        if self._steps:
-            decode_s = time.perf_counter() - self._prefilled
-            log(
-                f"{self._names.pop(0)}: prefill {self._prompt_tokens / self._prefill_s:.1f} "
-                f"tokens/s, decode {self._steps / decode_s:.1f} tokens/s"
-            )
-            self._steps = 0
-        else:
-            log("warming up")
-        self._runtime.reset()
+def _tell(run: int, speed: Speed, repeat: int) -> None:
+    name = f"run {run} of {repeat}" if run else "warm-up"
+    log(
+        f"{name}: prefill {speed.prefill_tokens_per_s:.1f} tokens/s, "
+        f"decode {speed.decode_tokens_per_s:.1f} tokens/s"
+    )

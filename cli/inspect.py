@@ -102,6 +102,8 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> dict[str, Any]:
         "architecture": "Qwen2ForCausalLM",
         "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
         **{key: manifest[key] for key in keys},
+        "graph": manifest.get("graph"),
+        "quantization": manifest.get("quantization"),
         "max_context": bundle.max_context,
         "cache_bytes_per_token": elements * (4 if cache["dtype"] == "float32" else 2),
         "files": manifest["files"],
@@ -130,11 +132,15 @@ def _print(path: str, facts: dict[str, Any]) -> None:
     rows.append(("context", f"{facts['max_context']} positions, {_rope_text(facts['rope'])}"))
     if facts["kind"] == "bundle":
         rows += [
-            ("target", f"{facts['target']} for {facts['device']}, {facts['dtype']}"),
+            (
+                "target",
+                f"{facts['target']} for {facts['device']} device, {facts['dtype']}"
+                if facts["device"] == "any"
+                else f"{facts['target']} for {facts['device']}, {facts['dtype']}",
+            ),
+            ("graph", _graph_text(facts)),
             ("KV cache", f"{size_text(facts['cache_bytes_per_token'])} per token"),
             ("made of", _source_text(facts)),
-            ("inputs", _names(facts["inputs"] + facts["optional_inputs"])),
-            ("outputs", _names(facts["outputs"])),
         ]
         rows.append(("quality", _quality_text(facts["quality"])))
     else:
@@ -166,10 +172,26 @@ def _rope_text(rope: dict[str, Any]) -> str:
 
 
 def _source_text(facts: dict[str, Any]) -> str:
-    source, version = facts["source"], facts["versions"]["qwen2x"]
+    source, version = facts["source"], facts["versions"].get("qwen2x")
+    if version is None:
+        return f"{source['id']}, by another program"
     first, *more = [sha256 for name, sha256 in source["sha256"].items() if name != "config.json"]
     others = f" and {len(more)} more" if more else ""
     return f"{source['id']} (sha256 {first[:12]}{others}), by qwen2x {version}"
+
+
+def _graph_text(facts: dict[str, Any]) -> str:
+    if facts["target"] == "onnx":
+        return f"inputs {_names(facts['inputs'] + facts['optional_inputs'])}; outputs " + _names(
+            facts["outputs"]
+        )
+    graph = facts["graph"]
+    if graph is None:
+        return "none; run by our own modules (export --graph makes one)"
+    return (
+        f"decode.mlxfn, traced by mlx {graph['mlx']} on {graph['device']}, chunks of "
+        f"{graph['chunk']}, caches of {', '.join(map(str, graph['capacities']))}"
+    )
 
 
 def _quality_text(quality: dict[str, Any]) -> str:

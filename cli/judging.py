@@ -126,6 +126,7 @@ def judge_bundle(folder: Path, judge: Judge, wish: Wish) -> Judgement:
             device=_device_for(opened, wish.device),
             threads=wish.threads,
             graph=wish.graph,
+            kv_bits=int(wish.kv_bits) if wish.kv_bits else None,
         ) as candidate,
         judge.open(wish.device, wish.threads) as reference,
     ):

@@ -187,6 +187,7 @@ def open_model(
         device=device,
         threads=threads,
         graph=graph,
+        kv_bits=int(kv_bits) if kv_bits else None,
     )
 
 

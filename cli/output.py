@@ -40,6 +40,14 @@ def print_table(rows: Sequence[tuple[str, str]]) -> None:
         click.echo(f"  {left:<{width}}  {right}")
 
 
+def print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Any number of aligned columns on standard output."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        click.echo(f"  {'  '.join(cells)}".rstrip())
+
+
 def size_text(count: float) -> str:
     """Bytes in decimal units, as disks and downloads are sold."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -157,7 +157,9 @@ def _require_dense_qwen2(raw: Mapping[str, Any]) -> None:
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act must be 'silu' for Qwen2, got {raw['hidden_act']!r}")
     if quantized := raw.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        method = (
+            quantized.get("quant_method", "by MLX") if isinstance(quantized, dict) else quantized
+        )
         raise ConfigError(
             f"the checkpoint is already quantized ({method}); give the float checkpoint"
         )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from qwen2x.quantize.errors import RequestError
-from qwen2x.runtimes.runtime import Runtime
+from qwen2x.runtimes.runtime import Runtime, SamplesAhead
 from qwen2x.runtimes.sampler import Sampler, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Medians over the repeats."""
+    """Of one run, or medians over the repeats."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -22,7 +22,12 @@ class Speed:
 
 
 def bench(
-    runtime: Runtime, text_ids: Sequence[int], prompt_tokens: int, new_tokens: int, repeat: int
+    runtime: Runtime,
+    text_ids: Sequence[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeat: int,
+    on_run: Callable[[int, Speed], None] = lambda run, speed: None,
 ) -> Speed:
     """Greedy answers to a prompt cut from a text, repeated where it is too short.
 
@@ -32,6 +37,7 @@ def bench(
         prompt_tokens: length of the prompt.
         new_tokens: length of the answer; its first token belongs to the prefill.
         repeat: runs that count; one more before them warms up.
+        on_run: told the number of every run, 0 for the one that warms up, and its speed.
 
     Raises:
         RequestError: the lengths do not fit the context, or there is nothing to measure.
@@ -48,23 +54,48 @@ def bench(
         )
     copies = -(-prompt_tokens // len(text_ids))
     prompt = (list(text_ids) * copies)[:prompt_tokens]
-    runs = [_once(runtime, prompt, new_tokens) for _ in range(repeat + 1)][1:]
+    runs = []
+    for run in range(repeat + 1):
+        first, rest = _once(runtime, prompt, new_tokens)
+        speed = Speed(
+            prefill_tokens_per_s=prompt_tokens / first,
+            decode_tokens_per_s=(new_tokens - 1) / rest,
+            time_to_first_token_s=first,
+        )
+        on_run(run, speed)
+        runs.append(speed)
     runtime.reset()
     return Speed(
-        prefill_tokens_per_s=median(prompt_tokens / first for first, _ in runs),
-        decode_tokens_per_s=median((new_tokens - 1) / rest for _, rest in runs),
-        time_to_first_token_s=median(first for first, _ in runs),
+        **{
+            name: median(getattr(speed, name) for speed in runs[1:])
+            for name in Speed.__dataclass_fields__
+        }
     )
 
 
 def _once(runtime: Runtime, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and for all others."""
+    """Seconds to the first token, and for all others, made in the way that ``generate`` does."""
     runtime.reset()
-    sampler = Sampler(Sampling())
     started = time.perf_counter()
-    token = sampler.choose(runtime.prefill(prompt))
+    tokens = _greedy(runtime, prompt, new_tokens)
+    next(tokens)
     first = time.perf_counter() - started
     started = time.perf_counter()
+    for _ in tokens:
+        pass
+    return first, time.perf_counter() - started
+
+
+def _greedy(runtime: Runtime, prompt: list[int], new_tokens: int) -> Iterator[int]:
+    if isinstance(runtime, SamplesAhead):
+        known = runtime.vocab_size
+        yield from runtime.sample_ahead(
+            prompt, Sampling(), context=prompt, known=known, limit=new_tokens
+        )
+        return
+    sampler = Sampler(Sampling())
+    token = sampler.choose(runtime.prefill(prompt))
+    yield token
     for _ in range(new_tokens - 1):
         token = sampler.choose(runtime.decode(token))
-    return first, time.perf_counter() - started
+        yield token

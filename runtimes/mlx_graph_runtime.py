@@ -60,7 +60,8 @@ class MlxGraphRuntime(CacheBookkeeping):
         for row, length in enumerate(valid):
             buffers: list[mx.array] = []
             for column in range(length):
-                token, place = token_ids[row : row + 1, column : column + 1], places[column]
+                token = token_ids[row : row + 1, column : column + 1]
+                place = int(places[column])
                 rows[row, column], buffers = self._step(token, place, column, buffers)
         return rows
 
@@ -152,7 +153,8 @@ def _import(bundle: Bundle) -> Any:
 
 
 def _load(bundle: Bundle) -> dict[str, mx.array]:
-    weights: dict[str, Any] = {}
+    weights: dict[str, mx.array] = {}
     for path in sorted(bundle.folder.glob("model*.safetensors")):
-        weights.update(mx.load(str(path)))
+        loaded: Any = mx.load(str(path))
+        weights |= loaded
     return weights

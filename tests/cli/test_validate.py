@@ -178,8 +178,6 @@ def test_what_is_no_bundle_or_no_checkpoint_is_one_line(
     call: Call, bundle: Path, example: Path, tmp_path: Path
 ) -> None:
     assert "no bundle" in call("validate", example, "--against", example).complaint
-    said = call("validate", bundle, "--against", bundle).complaint
-    assert "expected a checkpoint, got the bundle" in said
     other = write_tiny_checkpoint(tmp_path / "other", vocab_size=2304)
     assert "2304" in call("validate", bundle, "--against", other).complaint
     assert "Missing option '--against'" in call("validate", bundle).complaint
