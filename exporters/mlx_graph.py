@@ -14,7 +14,8 @@ Outputs
 
 There is one trace for each S and each capacity C. A chunk that is not full is padded on the right:
 what the padding leaves in the cache is not seen, since a token sees no place behind its own.
-(mlx 0.32, ``mx.exporter``: files are bound to the version of MLX and to the kind of device.)
+(mlx 0.32, ``mx.exporter``: files are bound to the version of MLX and to the kind of device, which
+here is ``cpu``, ``metal`` or ``cuda``.)
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def write_graph(
     weights = dict(tree_flatten(model.parameters()))
     facts = {
         "mlx": version("mlx"),
-        "device": mx.default_device().type.name,
+        "device": _default_device(),
         "dtype": dtype,
         "chunk": CHUNK,
         "capacities": capacities_of(max_context),
@@ -84,6 +85,12 @@ def write_graph(
                 zero = mx.zeros((1,), mx.int32)
                 exporter(ids, places, zero, zero, *buffers, **weights)
     return facts
+
+
+def _default_device() -> str:
+    if mx.default_device().type == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
 
 
 def traced_step(

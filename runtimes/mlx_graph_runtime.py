@@ -34,7 +34,8 @@ class MlxGraphRuntime(CacheBookkeeping):
         self.bundle = bundle
         self.folder = bundle.folder
         self.device = choose_device(device)
-        facts = _require_fit(bundle, mx.default_device().type.name)
+        self._mx_device = mx.cpu if self.device == "cpu" else mx.gpu
+        facts = _require_fit(bundle, self.device)
         self.dtype = bundle.dtype
         self.vocab_size = bundle.vocab_size
         self.max_context = bundle.max_context
@@ -43,8 +44,9 @@ class MlxGraphRuntime(CacheBookkeeping):
         self.bits_per_weight = bundle.bits_per_weight
         self.prefill_chunk = self._chunk = int(facts["chunk"])
         self._capacities: list[int] = list(facts["capacities"])
-        self._function: Any = _import(bundle)
-        self._weights = _load(bundle)
+        with mx.stream(self._mx_device):
+            self._function: Any = _import(bundle)
+            self._weights = _load(bundle)
         self._buffers: list[mx.array] = []
 
     def logits(
@@ -61,8 +63,7 @@ class MlxGraphRuntime(CacheBookkeeping):
             buffers: list[mx.array] = []
             for column in range(length):
                 token = token_ids[row : row + 1, column : column + 1]
-                place = int(places[column])
-                rows[row, column], buffers = self._step(token, place, column, buffers)
+                rows[row, column] = self._step(token, int(places[column]), column, buffers)
         return rows
 
     def close(self) -> None:
@@ -85,42 +86,53 @@ class MlxGraphRuntime(CacheBookkeeping):
         return np.stack(rows[-keep:])
 
     def _truncate_cache(self, length: int) -> None:
-        """Nothing to do: what lies behind the offset is not seen, and written over."""
+        """Later places are not seen, and written over; an empty cache gives its memory back."""
+        if length == 0:
+            self._buffers = []
+            mx.clear_cache()
 
     def _advance(self, token_ids: TokenIds, offset: int) -> Logits:
-        logits, self._buffers = self._step(token_ids, offset, offset, self._buffers)
-        return logits
+        return self._step(token_ids, offset, offset, self._buffers)
 
     def _step(
         self, token_ids: TokenIds, position: int, offset: int, buffers: list[mx.array]
-    ) -> tuple[Logits, list[mx.array]]:
-        """Runs tokens [1, count] at offset; gives the last one's logits [V] and the buffers."""
+    ) -> Logits:
+        """Runs tokens [1, count] at offset; gives the last one's logits [V], renews the buffers."""
         count = token_ids.shape[1]
         traced = 1 if count == 1 else self._chunk
         padded = np.zeros((1, traced), np.int32)
         padded[:, :count] = token_ids
-        buffers = self._with_room(buffers, offset + traced)
-        inputs = (
-            mx.array(padded),
-            mx.arange(position, position + traced, dtype=mx.int32),
-            mx.array([offset], mx.int32),
-            mx.array([count - 1], mx.int32),
-        )
-        logits, *grown = self._function(*inputs, *buffers, **self._weights)
-        mx.eval(logits, grown)
-        return np.array(logits[0]), grown
+        with mx.stream(self._mx_device):
+            self._make_room(buffers, offset + traced)
+            inputs = (
+                mx.array(padded),
+                mx.arange(position, position + traced, dtype=mx.int32),
+                mx.array([offset], mx.int32),
+                mx.array([count - 1], mx.int32),
+            )
+            # The list lets go of the old buffers before anything runs: MLX writes in place only
+            # where nobody else holds an array.
+            logits, *buffers[:] = self._function(*inputs, *buffers, **self._weights)
+            mx.eval(logits, buffers)
+            row: Logits = np.array(logits[0])
+        return row
 
-    def _with_room(self, buffers: list[mx.array], needed: int) -> list[mx.array]:
-        """The buffers [1, K, C, D], copied into the next traced capacity where they are full."""
+    def _make_room(self, buffers: list[mx.array], needed: int) -> None:
+        """Makes buffers [1, K, C, D], or copies them into the next traced capacity if full."""
         if buffers and buffers[0].shape[2] >= needed:
-            return buffers
+            return
         capacity = next(size for size in self._capacities if size >= needed)
         cache = self.bundle.cache
-        if buffers:
-            room = capacity - buffers[0].shape[2]
-            return [mx.pad(part, [(0, 0), (0, 0), (0, room), (0, 0)]) for part in buffers]
-        shape = (1, cache["num_key_value_heads"], capacity, cache["head_dim"])
-        return [mx.zeros(shape, _DTYPES[self.dtype]) for _ in range(2 * cache["layers"])]
+        if not buffers:
+            shape = (1, cache["num_key_value_heads"], capacity, cache["head_dim"])
+            buffers[:] = [mx.zeros(shape, _DTYPES[self.dtype]) for _ in range(2 * cache["layers"])]
+            return
+        # One after the other, so that no more than one of them is there twice.
+        for index, part in enumerate(buffers):
+            room = capacity - part.shape[2]
+            buffers[index] = mx.pad(part, [(0, 0), (0, 0), (0, room), (0, 0)])
+            del part
+            mx.eval(buffers[index])
 
 
 def _require_fit(bundle: Bundle, device: str) -> Mapping[str, Any]:
