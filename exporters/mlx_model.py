@@ -23,6 +23,8 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _FUSED_HEAD_SIZES = (64, 96, 128)
 # On Metal, up to 8 queries take the vector kernel, which holds 32 rows of queries and groups.
 _VECTOR_QUERIES, _VECTOR_ROWS = 8, 32
+# Queries that unfused attention takes at once.
+_BLOCK = 128
 _NAMED = 3
 
 
@@ -30,16 +32,18 @@ class Cache(Protocol):
     """Takes a layer's new keys and values, and gives what its queries make of all of them."""
 
     def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """Queries [B, H, S, D], keys and values [B, K, S, D], all rotated; gives [B, H, S, D]."""
+        """What queries [B, H, R, D], of the last R new tokens, get: [B, H, R, D].
+
+        Keys and values are [B, K, S, D]; queries and keys are rotated.
+        """
         ...
 
 
 class Place(Protocol):
     """Where new positions go in buffers [B, K, C, columns], and who may see which position."""
 
-    @property
-    def mask(self) -> mx.array | str | None:
-        """As ``scaled_dot_product_attention`` takes it."""
+    def mask(self, count: int) -> mx.array | str | None:
+        """For the last ``count`` new positions, as ``scaled_dot_product_attention`` takes it."""
         ...
 
     def write(self, buffers: list[mx.array], index: int, new: mx.array) -> mx.array:
@@ -52,7 +56,10 @@ class Slices:
 
     def __init__(self, start: int, stop: int) -> None:
         self._start, self._stop = start, stop
-        self.mask = "causal" if stop - start > 1 else None
+
+    def mask(self, count: int) -> mx.array | str | None:
+        """See ``Place``."""
+        return "causal" if count > 1 else None
 
     def write(self, buffers: list[mx.array], index: int, new: mx.array) -> mx.array:
         """See ``Place``."""
@@ -66,7 +73,11 @@ class Whole:
     def __init__(self, offset: mx.array, count: int, capacity: int) -> None:
         self._offset = offset
         # bool [S, C]
-        self.mask = mx.arange(capacity) <= (offset + mx.arange(count))[:, None]
+        self._mask = mx.arange(capacity) <= (offset + mx.arange(count))[:, None]
+
+    def mask(self, count: int) -> mx.array | str | None:
+        """See ``Place``."""
+        return self._mask[-count:]
 
     def write(self, buffers: list[mx.array], index: int, new: mx.array) -> mx.array:
         """See ``Place``; the list gets another array, the old one stays as it was."""
@@ -85,7 +96,7 @@ class FloatCache:
         """See ``Cache``."""
         keys = self._place.write(self.buffers, 2 * layer, keys)
         values = self._place.write(self.buffers, 2 * layer + 1, values)
-        return attention(queries, keys, values, self._place.mask)
+        return attention(queries, keys, values, self._place.mask(queries.shape[2]))
 
 
 def attention(
@@ -96,11 +107,31 @@ def attention(
     MLX's fused kernels (on a GPU) sum in float32; what it does without one computes scores in the
     type of its inputs, which is wrong on Qwen2 in 16 bits (transformers #33317).
     """
-    dtype, scale = queries.dtype, queries.shape[-1] ** -0.5
-    if not _is_fused(queries, keys):
-        queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-    return mixed.astype(dtype)
+    if _is_fused(queries, keys):
+        return _scaled_dot_product(queries, keys, values, mask)
+    dtype, count = queries.dtype, queries.shape[2]
+    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+    if count == 1:
+        # The heads of a group are queries of one head, which spares a product for each of them.
+        grouped = queries.reshape(*keys.shape[:2], -1, keys.shape[3])
+        mixed = _scaled_dot_product(grouped, keys, values, mask)
+        return mixed.reshape(queries.shape).astype(dtype)
+    if mask != "causal" or count <= _BLOCK:
+        return _scaled_dot_product(queries, keys, values, mask).astype(dtype)
+    # Block by block, so that what no query of a block may see is not computed.
+    past, blocks = keys.shape[2] - count, []
+    for start in range(0, count, _BLOCK):
+        stop = min(count, start + _BLOCK)
+        block, seen = queries[:, :, start:stop], slice(0, past + stop)
+        blocks.append(_scaled_dot_product(block, keys[:, :, seen], values[:, :, seen], "causal"))
+    return mx.concatenate(blocks, axis=2).astype(dtype)
+
+
+def _scaled_dot_product(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
+) -> mx.array:
+    scale = queries.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def _is_fused(queries: mx.array, keys: mx.array) -> bool:
@@ -115,7 +146,7 @@ def _is_fused(queries: mx.array, keys: mx.array) -> bool:
 
 
 class Rotary(NamedTuple):
-    """Factors of ``rotate``: float32 [S, 2, D/2] each, cosines twice, and sines with signs."""
+    """Factors of ``rotate``: float32 [S, 1, 2, D/2] each, cosines twice, and sines with signs."""
 
     cosines: mx.array
     sines: mx.array
@@ -123,8 +154,7 @@ class Rotary(NamedTuple):
 
 def rotate(x: mx.array, rotary: Rotary) -> mx.array:
     """Rotates pairs (i, i + D/2) of [B, S, heads, D], in float32; the type stays."""
-    halves = x.reshape(*x.shape[:-1], 2, -1)
-    rotary = Rotary(*(part[:, None] for part in rotary))
+    halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, -1)
     # A view from back to front: the other half beside each half, without a copy.
     rotated = halves * rotary.cosines + halves[..., ::-1, :] * rotary.sines
     return rotated.reshape(x.shape).astype(x.dtype)
@@ -137,21 +167,24 @@ class Attention(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.layer = layer
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, config.query_size)
         self.k_proj = nn.Linear(hidden, config.key_value_size)
         self.v_proj = nn.Linear(hidden, config.key_value_size)
         self.o_proj = nn.Linear(config.query_size, hidden, bias=False)
 
-    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache) -> mx.array:
-        """Gives [B, S, hidden] for x [B, S, hidden]."""
-        rows = x.shape[:2]
-        queries = rotate(self.q_proj(x).reshape(*rows, self.heads, -1), rotary)
-        keys = rotate(self.k_proj(x).reshape(*rows, self.key_value_heads, -1), rotary)
-        values = self.v_proj(x).reshape(*rows, self.key_value_heads, -1)
+    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache, rows: slice) -> mx.array:
+        """Gives [B, R, hidden] for x [B, S, hidden]: what the last R rows, ``rows``, gather."""
+        batch, count, _ = x.shape
+        asking = self.q_proj(x[:, rows]).reshape(batch, -1, self.heads, self.head_dim)
+        queries = rotate(asking, Rotary(*(part[rows] for part in rotary)))
+        shape = (batch, count, self.key_value_heads, self.head_dim)
+        keys = rotate(self.k_proj(x).reshape(shape), rotary)
+        values = self.v_proj(x).reshape(shape)
         by_head = (part.transpose(0, 2, 1, 3) for part in (queries, keys, values))
-        mixed = cache.attend(self.layer, *by_head)
-        gathered: mx.array = self.o_proj(mixed.transpose(0, 2, 1, 3).reshape(*rows, -1))
+        mixed = cache.attend(self.layer, *by_head).transpose(0, 2, 1, 3)
+        gathered: mx.array = self.o_proj(mixed.reshape(batch, mixed.shape[1], -1))
         return gathered
 
 
@@ -182,9 +215,9 @@ class Layer(nn.Module):  # type: ignore[misc]
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache) -> mx.array:
-        """Gives [B, S, hidden] for x [B, S, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+    def __call__(self, x: mx.array, rotary: Rotary, cache: Cache, rows: slice) -> mx.array:
+        """Gives [B, R, hidden], the last R rows, for x [B, S, hidden]."""
+        x = x[:, rows] + self.self_attn(self.input_layernorm(x), rotary, cache, rows)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -225,18 +258,23 @@ class Qwen2(nn.Module):  # type: ignore[misc]
             positions: int32 [S], of the columns.
             cache: gets the keys and values.
             keep: rows whose logits are wanted: so many of the last, or their indices int32 [keep].
-            seen: gets the residual stream [B, S, hidden]: the embedding, then behind each layer.
+            seen: gets the residual stream [B, S, hidden]: the embedding, then behind each layer;
+                behind the last one, the rows that are wanted.
         """
         x = self.model.embed_tokens(token_ids)
         cosines, sines = self.angles(positions)
-        rotary = Rotary(mx.stack([cosines, cosines], 1), mx.stack([-sines, sines], 1))
+        pairs = [cosines, cosines], [-sines, sines]
+        rotary = Rotary(*(mx.stack(pair, axis=1)[:, None] for pair in pairs))
         states = [x]
-        for layer in self.model.layers:
-            x = layer(x, rotary, cache)
+        *layers, last = self.model.layers
+        for layer in layers:
+            x = layer(x, rotary, cache, slice(None))
             states.append(x)
+        # Of the other rows, the last layer gives the cache its keys and values.
+        x = last(x, rotary, cache, slice(-keep if isinstance(keep, int) else None, None))
         if seen is not None:
-            seen.extend(states)
-        kept = x[:, -keep:] if isinstance(keep, int) else mx.take(x, keep, axis=1)
+            seen.extend([*states, x])
+        kept = x if isinstance(keep, int) else mx.take(x, keep, axis=1)
         head = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
         logits: mx.array = head(self.model.norm(kept))
         return logits.astype(mx.float32)

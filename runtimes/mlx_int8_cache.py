@@ -149,7 +149,7 @@ class Int8Cache:
 
     def _masked(self, scores: mx.array, count: int) -> mx.array:
         """Scores with those of positions behind a query's own at minus infinity."""
-        mask, positions = self._place.mask, scores.shape[-1]
+        mask, positions = self._place.mask(count), scores.shape[-1]
         if mask is None:
             return scores
         if isinstance(mask, str):

@@ -112,7 +112,7 @@ class MlxRuntime(CacheBookkeeping):
                 mx.array(token_ids, mx.int32),
                 mx.arange(count, dtype=mx.int32),
                 buffers.cache(buffers.arrays, buffers.extras, Slices(0, count)),
-                keep=1,
+                keep=count,
                 seen=seen,
             )
             return np.stack([np.array(x[0].astype(mx.float32)) for x in seen])
