@@ -90,6 +90,10 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> dict[str, Any]:
     from qwen2x.exporters.bundle import open_bundle
 
     bundle = open_bundle(folder, verify=verify)
+    if verify and not bundle.is_ours:
+        raise RequestError(
+            f"{folder} was made by another program and has no hashes; leave out --verify"
+        )
     manifest, cache = bundle.manifest, bundle.cache
     elements = 2 * cache["layers"] * cache["num_key_value_heads"] * cache["head_dim"]
     keys = (

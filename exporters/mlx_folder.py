@@ -6,6 +6,8 @@ unless the config says otherwise. They may lie in a hub cache, where files are l
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from qwen2x.exporters.config import Qwen2Config, parse_config, read_json
 from qwen2x.exporters.weights import kind_of
-from qwen2x.quantize.errors import BackendError, BundleError
+from qwen2x.quantize.errors import BackendError, BundleError, ConfigError
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4}
+_NAMED = 3
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -31,19 +34,12 @@ class _Tensor:
     shape: tuple[int, ...]
 
     @property
-    def elements(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
-
-    @property
     def bytes(self) -> int:
-        return self.elements * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 def is_mlx_folder(folder: Path) -> bool:
-    """Whether a folder holds weights for MLX: quantized by it, or marked as written by it."""
+    """Whether a folder holds weights that say that MLX wrote them."""
     config = folder / "config.json"
     if not config.is_file() or not (shards := sorted(folder.glob("model*.safetensors"))):
         return False
@@ -51,7 +47,17 @@ def is_mlx_folder(folder: Path) -> bool:
         with safe_open(shards[0], framework="numpy") as file:
             return (file.metadata() or {}).get("format") == "mlx"
     except (OSError, SafetensorError):
+        # Damaged weights are told when it is opened, and not as those of a float checkpoint.
+        return _is_quantized_by_mlx(config)
+
+
+def _is_quantized_by_mlx(path: Path) -> bool:
+    """By the key of a config that only MLX programs write."""
+    try:
+        config = read_json(path) or {}
+    except ConfigError:
         return False
+    return isinstance(config.get("quantization"), Mapping)
 
 
 def describe_mlx_folder(folder: Path) -> dict[str, Any]:
@@ -70,10 +76,12 @@ def describe_mlx_folder(folder: Path) -> dict[str, Any]:
     plain = {key: value for key, value in raw.items() if not key.startswith("quantization")}
     plain.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
     config = parse_config(plain, read_json(folder / "generation_config.json") or {})
-    norm = tensors.get("model.norm.weight")
-    if norm is None:
-        raise BundleError(f"{folder} has no model.norm.weight; expected a whole Qwen2 for MLX")
-    dtype = _DTYPES.get(norm.dtype, "bfloat16")
+    _require_whole(folder, tensors, config)
+    if quantization is not None:
+        # True for a module says no more than the settings for all.
+        kept = {path: part for path, part in quantization.items() if part is not True}
+        quantization = kept | _left_as_floats(tensors, config)
+    dtype = _DTYPES.get(tensors["model.norm.weight"].dtype, "bfloat16")
     parts = _by_kind(tensors, config)
     matrices = [part for kind, part in parts.items() if kind not in ("norms", "biases")]
     stored = sum(part["bytes"] for part in matrices)
@@ -82,10 +90,10 @@ def describe_mlx_folder(folder: Path) -> dict[str, Any]:
         "target": "mlx",
         "device": "any",
         "dtype": dtype,
-        "source": {"id": folder.name, "sha256": {}},
+        "source": {"id": folder.absolute().name, "sha256": {}},
         "config": plain,
         "quantization": quantization,
-        "scheme": _scheme_name(quantization),
+        "scheme": _scheme_name(quantization, config),
         "schemes": {},
         "method": "unknown",
         "parameters": config.parameters,
@@ -163,12 +171,32 @@ def _read_tensors(folder: Path) -> dict[str, _Tensor]:
     return tensors
 
 
+def _require_whole(folder: Path, tensors: Mapping[str, _Tensor], config: Qwen2Config) -> None:
+    missing = [name for name in config.expected_tensors() if name not in tensors]
+    if missing:
+        more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+        raise BundleError(
+            f"{folder} lacks {', '.join(missing[:_NAMED])}{more}; expected a whole Qwen2 for MLX: "
+            "fetch it again"
+        )
+
+
+def _left_as_floats(tensors: Mapping[str, _Tensor], config: Qwen2Config) -> dict[str, bool]:
+    """False for every matrix without scales: groups that do not divide its columns go unsaid."""
+    modules = [
+        name.removesuffix(".weight")
+        for name, shape in config.expected_tensors().items()
+        if len(shape) == 2
+    ]
+    return {module: False for module in modules if f"{module}.scales" not in tensors}
+
+
 def _by_kind(tensors: Mapping[str, _Tensor], config: Qwen2Config) -> dict[str, dict[str, float]]:
     """Parameters, bytes and bits per weight of each part."""
     parts: dict[str, dict[str, float]] = {}
     for name, shape in config.expected_tensors().items():
         part = parts.setdefault(kind_of(name), {"parameters": 0, "bytes": 0})
-        part["parameters"] += _Tensor(dtype="F32", shape=shape).elements
+        part["parameters"] += math.prod(shape)
         module = name.removesuffix(".weight")
         names = (name, f"{module}.scales", f"{module}.biases")
         part["bytes"] += sum(tensors[item].bytes for item in names if item in tensors)
@@ -177,7 +205,14 @@ def _by_kind(tensors: Mapping[str, _Tensor], config: Qwen2Config) -> dict[str, d
     return parts
 
 
-def _scheme_name(quantization: Mapping[str, Any] | None) -> str:
-    if quantization is None:
-        return "float"
-    return f"int{quantization.get('bits', 4)}-g{quantization.get('group_size') or 64}"
+def _scheme_name(quantization: Mapping[str, Any] | None, config: Qwen2Config) -> str:
+    """What most of the layers' quantized parameters have; a mixed recipe overrides its own bits."""
+    parameters: Counter[str] = Counter()
+    for name, shape in config.expected_tensors().items():
+        if quantization is None or len(shape) != 2 or not name.startswith("model.layers."):
+            continue
+        settings = quantization.get(name.removesuffix(".weight"), quantization)
+        if settings is not False:
+            bits, group_size = settings.get("bits", 4), settings.get("group_size") or 64
+            parameters[f"int{bits}-g{group_size}"] += math.prod(shape)
+    return parameters.most_common(1)[0][0] if parameters else "float"

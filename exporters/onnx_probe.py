@@ -6,6 +6,7 @@ The graph alone is read, changed in memory and handed out as bytes; its weights 
 from __future__ import annotations
 
 import re
+from operator import itemgetter
 from pathlib import Path
 
 import onnx
@@ -35,16 +36,17 @@ def probed_graph(path: Path, layers: int) -> tuple[bytes, list[str]]:
         BundleError: the graph does not have them.
     """
     model = onnx.load_model(path, load_external_data=False)
-    found: dict[int, ValueInfoProto] = {}
+    found: list[tuple[int, ValueInfoProto]] = []
     for value in model.graph.value_info:
         if _EMBEDDED.fullmatch(value.name):
-            found[0] = value
+            found.append((0, value))
         elif match := _SUM.fullmatch(value.name):
-            found[int(match[1] or layers)] = value
-    if sorted(found) != list(range(layers + 1)):
+            found.append((int(match[1] or layers), value))
+    found.sort(key=itemgetter(0))
+    if [index for index, _ in found] != list(range(layers + 1)):
         raise BundleError(
             f"{path} names no residual stream for {layers} layers; export the bundle again"
         )
-    outputs = [found[index] for index in range(layers + 1)]
+    outputs = [value for _, value in found]
     model.graph.output.extend(outputs)
     return model.SerializeToString(), [value.name for value in outputs]
