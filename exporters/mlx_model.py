@@ -8,6 +8,7 @@ heads, D head size, C positions that a cache has room for. Arithmetic follows tr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,8 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 _FUSED_HEAD_SIZES = (64, 96, 128)
 # On Metal, up to 8 queries take the vector kernel, which holds 32 rows of queries and groups.
 _VECTOR_QUERIES, _VECTOR_ROWS = 8, 32
+# On CUDA, fewer than 4 without a mask take one; more of them need cuDNN's, from Ampere on.
+_CUDA_VECTOR_QUERIES, _AMPERE = 4, 8
 # Queries that unfused attention takes at once.
 _BLOCK = 128
 _NAMED = 3
@@ -107,7 +110,7 @@ def attention(
     MLX's fused kernels (on a GPU) sum in float32; what it does without one computes scores in the
     type of its inputs, which is wrong on Qwen2 in 16 bits (transformers #33317).
     """
-    if _is_fused(queries, keys):
+    if _is_fused(queries, keys, mask):
         return _scaled_dot_product(queries, keys, values, mask)
     dtype, count = queries.dtype, queries.shape[2]
     queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
@@ -134,15 +137,25 @@ def _scaled_dot_product(
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
-def _is_fused(queries: mx.array, keys: mx.array) -> bool:
-    """By ``has_fused_kernel`` in scaled_dot_product_attention.cpp of MLX 0.32.4 (Metal)."""
+def _is_fused(queries: mx.array, keys: mx.array, mask: mx.array | str | None) -> bool:
+    """Whether MLX has one kernel for it: ``has_fused_kernel`` in MLX 0.32.4.
+
+    That is in mlx/backend/metal and mlx/backend/cuda/scaled_dot_product_attention.cpp.
+    """
     count, groups = queries.shape[2], queries.shape[1] // keys.shape[1]
-    is_vector = count <= _VECTOR_QUERIES
-    return (
-        mx.default_device().type == mx.gpu
-        and queries.shape[-1] in _FUSED_HEAD_SIZES
-        and not (is_vector and count * groups > _VECTOR_ROWS)
-    )
+    if mx.default_device().type == mx.cpu or queries.shape[-1] not in _FUSED_HEAD_SIZES:
+        return False
+    if mx.metal.is_available():
+        return count > _VECTOR_QUERIES or count * groups <= _VECTOR_ROWS
+    is_vector = count < _CUDA_VECTOR_QUERIES and not isinstance(mask, mx.array)
+    return is_vector or (count > 1 and _has_cudnn_attention())
+
+
+@cache
+def _has_cudnn_attention() -> bool:
+    """From Ampere on."""
+    major = mx.device_info(mx.gpu).get("compute_capability_major", 0)
+    return int(major) >= _AMPERE
 
 
 class Rotary(NamedTuple):

@@ -104,6 +104,8 @@ class Buffers:
             self.arrays[index] = mx.concatenate([array, more], axis=2)
             del array
             mx.eval(self.arrays[index])
+        # Buffers of the old size would only be kept, never used again.
+        mx.clear_cache()
 
     def cache(self, arrays: list[mx.array], extras: list[mx.array], place: Place) -> BufferedCache:
         """What a model writes to and reads from, over these arrays or traced ones like them."""

@@ -172,13 +172,8 @@ def open_runtime(
     if backend not in (None, "onnx", "mlx", "torch"):
         raise BackendError(f"backend must be 'onnx', 'mlx' or 'torch', got {backend!r}")
     if backend == "torch" or (backend is None and not is_bundle(folder) and _is_source(folder)):
-        if is_bundle(folder):
-            raise BackendError(
-                f"{folder} is a bundle, which torch cannot run; give the checkpoint it was made of"
-            )
         _require_kv_bits(kv_bits, "torch")
-        module = _import_backend("torch")
-        return cast(Runtime, module.TorchRuntime(folder, device=device, threads=threads))
+        return _open_torch(folder, device, threads)
     bundle = open_bundle(folder, verify=verify)
     if backend not in (None, bundle.target):
         raise BackendError(
@@ -191,16 +186,26 @@ def open_runtime(
         )
     _require_kv_bits(kv_bits, "a graph" if graph else bundle.target)
     module = _import_backend(bundle.target)
+    opened: Runtime
     if graph:
         module = importlib.import_module("qwen2x.runtimes.mlx_graph_runtime")
-        return cast(Runtime, module.MlxGraphRuntime(bundle, device=device))
-    if bundle.target == "mlx":
-        mlx = module.MlxRuntime(bundle, device=device, prefill_chunk=prefill_chunk, kv_bits=kv_bits)
-        return cast(Runtime, mlx)
-    return cast(
-        Runtime,
-        module.OnnxRuntime(bundle, device=device, threads=threads, prefill_chunk=prefill_chunk),
-    )
+        opened = module.MlxGraphRuntime(bundle, device=device)
+    elif bundle.target == "mlx":
+        options = {"device": device, "prefill_chunk": prefill_chunk, "kv_bits": kv_bits}
+        opened = module.MlxRuntime(bundle, **options)
+    else:
+        options = {"device": device, "prefill_chunk": prefill_chunk, "threads": threads}
+        opened = module.OnnxRuntime(bundle, **options)
+    return opened
+
+
+def _open_torch(folder: Path, device: str, threads: int | None) -> Runtime:
+    if is_bundle(folder):
+        raise BackendError(
+            f"{folder} is a bundle, which torch cannot run; give the checkpoint it was made of"
+        )
+    module = _import_backend("torch")
+    return cast(Runtime, module.TorchRuntime(folder, device=device, threads=threads))
 
 
 def default_backend() -> str:
