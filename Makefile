@@ -27,7 +27,7 @@ $(VENV)/.python:
 	touch $@
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/.python
-	$(PIP) -e ".[cpu,torch]"
+	$(PIP) -e ".[cpu,torch,mlx]"
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/.python

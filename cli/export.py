@@ -94,12 +94,8 @@ def _warn(chosen: Options, manifest: dict[str, Any]) -> None:
         log("on the CPU a bfloat16 export computes in float32; --device cuda keeps bfloat16")
     if "tokenizer.json" not in manifest["files"]:
         log("the checkpoint has no tokenizer.json: run, chat and validate will need one")
-    if chosen.target == "mlx":
-        from qwen2x.exporters.config import parse_config
-        from qwen2x.exporters.mlx_config import unread_by_mlx_lm
-
-        for note in unread_by_mlx_lm(parse_config(manifest["config"], {})):
-            log(f"{note}; qwen2x run follows the checkpoint")
+    for note in manifest["notes"]:
+        log(f"{note}; qwen2x run follows the checkpoint")
 
 
 def _result(done: Export, seconds: float) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from qwen2x.exporters.bundle import FORMAT_VERSION, describe_files, sha256_of, write_manifest
 from qwen2x.exporters.checkpoint import Checkpoint, open_checkpoint
 from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.model_card import model_card
 from qwen2x.exporters.options import Options, version
 from qwen2x.exporters.staging import KEY_FILE, require_space, stage_folder
 from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES, require_tokenizer_fits
@@ -25,6 +26,7 @@ from qwen2x.exporters.weight_writer import CHUNK_ELEMENTS, JOURNAL, Progress, wr
 from qwen2x.exporters.weights import DataFile, Weight, bits_per_weight, by_kind
 from qwen2x.quantize.errors import BundleError
 
+CARD_FILE = "README.md"
 # What Python, NumPy and onnx occupy, and what one worker's chunk needs in all its forms.
 _BASE_MEMORY = 130 << 20
 _WORKERS, _BYTES_PER_CHUNK_ELEMENT = 4, 20
@@ -113,6 +115,8 @@ def write_bundle(
             sha256 = {name: future.result() for name, future in hashes.items()}
             manifest = _manifest(plan, {"id": source_id, "sha256": sha256}) | added
             manifest["files"] = describe_files(staging, without=(KEY_FILE, JOURNAL))
+            # Not among the files that are checked: its owner may write on it.
+            (staging / CARD_FILE).write_text(model_card(manifest), encoding="utf-8")
             manifest["seconds"] = round(time.monotonic() - started, 3)
             write_manifest(staging, manifest)
             (staging / JOURNAL).unlink()
@@ -198,6 +202,7 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
             "max_context": options.context_of(config),
         },
         "eos_token_ids": list(config.eos_token_ids),
+        "notes": [],
         "quality": {},
         "versions": {"qwen2x": version(), "numpy": np.__version__, **own["versions"]},
     }

@@ -12,7 +12,7 @@ from typing import Any
 from qwen2x.exporters.bundle_writer import cache_facts, write_json
 from qwen2x.exporters.checkpoint import INDEX
 from qwen2x.exporters.config import Qwen2Config
-from qwen2x.exporters.mlx_config import mlx_config
+from qwen2x.exporters.mlx_config import mlx_config, unread_by_mlx_lm
 from qwen2x.exporters.mlx_weights import MlxLayout, lay_out
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.weights import FLOAT_TYPES, DataFile, Weight
@@ -52,7 +52,10 @@ class MlxPlan:
         if not (staging / "generation_config.json").is_file() and self.config.eos_token_ids:
             eos = list(self.config.eos_token_ids)
             write_json(staging / "generation_config.json", {"eos_token_id": eos})
-        return {"graph": self._write_graph(staging)} if self.options.graph else {}
+        added: dict[str, Any] = {"notes": unread_by_mlx_lm(self.config)}
+        if self.options.graph:
+            added["graph"] = self._write_graph(staging)
+        return added
 
     def _write_graph(self, staging: Path) -> dict[str, Any]:
         graph = _graph_module()

@@ -132,5 +132,5 @@ def test_make_test_installs_lints_and_tests() -> None:
     done = subprocess.run(
         ["make", "-n", "-B", "test"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for part in ("[cpu,torch,dev]", "ruff check", "mypy", "lint-imports", "-m pytest"):
+    for part in ("[cpu,torch,mlx,dev]", "ruff check", "mypy", "lint-imports", "-m pytest"):
         assert part in done.stdout

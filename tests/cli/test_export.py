@@ -43,7 +43,7 @@ def test_export_prints_the_contracts_object(call: Call, example: Path, tmp_path:
         assert file["bytes"] == len(content)
         assert file["sha256"] == hashlib.sha256(content).hexdigest()
     names = {file["name"] for file in result["files"]}
-    assert names == {path.name for path in out.iterdir()} - {"qwen2x.json"}
+    assert names == {path.name for path in out.iterdir()} - {"qwen2x.json", "README.md"}
     assert result["bytes"] == sum(file["bytes"] for file in result["files"])
     assert result["seconds"] > 0
     assert result["peak_memory_bytes"] > 10e6
