@@ -20,14 +20,16 @@ from tests.small_hub import SmallHub
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Its commands for a Mac owner are those that nothing but a Mac can run.
+MLX_PAGE = (ROOT / "docs" / "mlx.md").read_text(encoding="utf-8")
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 MAKE = ("make demo", "make test")
 CHAT = "Who are you?\n/exit\n"
 
 
-def blocks(kind: str) -> list[str]:
+def blocks(kind: str, page: str = README) -> list[str]:
     """The code blocks with this info string."""
-    return re.findall(rf"^```{kind}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
@@ -70,6 +72,15 @@ def test_the_commands_for_a_hub_model_run_in_their_order(place: dict[str, str]) 
         if line in MAKE:
             continue
         done = run(shlex.split(line), place, CHAT)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        assert done.stdout.strip(), line
+
+
+def test_the_commands_of_the_page_on_mlx_run_in_their_order(
+    place: dict[str, str], tmp_path: Path
+) -> None:
+    for line in [line for block in blocks("sh", MLX_PAGE) for line in block.splitlines()]:
+        done = run(shlex.split(line), place | {"PWD": str(tmp_path)})
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         assert done.stdout.strip(), line
 
