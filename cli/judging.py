@@ -49,7 +49,9 @@ class Judge:
         ours = candidate.scheme, candidate.dtype
         if self.bundle is None:
             return tolerance_for(*ours)
-        return tolerance_between(ours, (self.bundle.scheme, self.bundle.dtype))
+        theirs = self.bundle.scheme, self.bundle.dtype
+        both = candidate.is_ours and self.bundle.is_ours
+        return tolerance_between(ours, theirs, same_integers=both)
 
     def changed_files(self, candidate: Bundle) -> list[str]:
         """Files that the candidate was made of, and that the judge is not, or is not made of."""
@@ -131,6 +133,8 @@ def judge_bundle(folder: Path, judge: Judge, wish: Wish) -> Judgement:
         judge.open(wish.device, wish.threads) as reference,
     ):
         _require_same_shape(opened, candidate, reference, judge.name)
+        if wish.wants_layers:
+            _require_layers(candidate, reference)
         report = validate(
             candidate,
             reference,
@@ -147,8 +151,11 @@ def judge_bundle(folder: Path, judge: Judge, wish: Wish) -> Judgement:
     report.checks.append(
         Check(name="source_is_the_same", value=float(not changed), limit=1, is_floor=True)
     )
-    # Figures against another checkpoint say nothing of the bundle, and do not replace its own.
-    if not changed and judge.bundle is None and opened.is_ours:
+    if wish.kv_bits:
+        report.facts["kv_bits"] = int(wish.kv_bits)
+    # Figures against another checkpoint say nothing of the bundle, those with another cache less
+    # than its own, which they do not replace.
+    if not changed and judge.bundle is None and opened.is_ours and not wish.kv_bits:
         _record(opened, report)
     return Judgement(
         folder=folder,
@@ -188,6 +195,15 @@ def _next_tokens(
     return top_tokens(ours, _TOP), top_tokens(theirs, _TOP)
 
 
+def _require_layers(*runtimes: Runtime) -> None:
+    for runtime in runtimes:
+        if not hasattr(runtime, "hidden_states"):
+            raise BackendError(
+                f"{runtime.folder} is run by a graph that shows no layers; leave out --graph or "
+                "--layers"
+            )
+
+
 def _layers(
     candidate: Runtime, reference: Runtime, token_ids: Sequence[int], wish: Wish
 ) -> list[LayerDifference]:
@@ -195,12 +211,6 @@ def _layers(
 
     from qwen2x.runtimes.layers import compare_layers
 
-    for runtime in (candidate, reference):
-        if not hasattr(runtime, "hidden_states"):
-            raise BackendError(
-                f"{runtime.folder} is run by a graph that shows no layers; leave out --graph or "
-                "--layers"
-            )
     wish.on_step("layers")
     ids = np.array([token_ids[: min(_LAYER_TOKENS, candidate.max_context)]], np.int64)
     return compare_layers(reference, candidate, ids)  # type: ignore[arg-type]

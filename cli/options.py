@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +181,9 @@ def open_model(
             names = ("bits", "dtype", *(("revision",) if is_local else ()))
             _refuse(making, names, f"{model} is a bundle, which is made")
         else:
-            folder = _bundle_of(model, backend or default_backend(), device, **making)
+            target = backend or default_backend()
+            _require_runnable(model, target, device, graph, kv_bits)
+            folder = _bundle_of(model, target, device, **making)
     return open_runtime(
         folder,
         backend=backend,
@@ -211,6 +214,27 @@ def _refuse(making: dict[str, Any], names: tuple[str, ...], reason: str) -> None
     given = [f"--{name}" for name in names if making[name] is not None]
     if given:
         raise RequestError(f"{reason}; leave out {' and '.join(given)}")
+
+
+def _require_runnable(
+    model: str, target: str, device: str, graph: bool, kv_bits: str | None
+) -> None:
+    """Raises what opening the bundle of a checkpoint would, before it is made."""
+    if graph:
+        raise RequestError(
+            f"--graph runs a bundle's decode.mlxfn, and {model} is a checkpoint; make one first: "
+            f"qwen2x export {model} --to mlx --graph -o FOLDER"
+        )
+    if kv_bits is not None and target != "mlx":
+        raise BackendError(
+            f"an 8-bit KV cache is there for mlx, not for {target}; leave out --kv-bits, or use "
+            "--backend mlx"
+        )
+    if target == "mlx":
+        with suppress(ImportError):  # what is not installed is told when the bundle is opened
+            from qwen2x.runtimes.mlx_runtime import choose_device
+
+            choose_device(device)
 
 
 def _usable_devices() -> list[str]:

@@ -60,6 +60,8 @@ def command(
     are also recorded in the bundle. Several bundles, for ONNX and MLX, are shown side by side.
     Another bundle may stand in for PyTorch.
     """
+    from qwen2x.exporters.bundle import open_bundle
+
     _require_page_possible(html, bundles)
     wish = Wish(
         text=read_text(text),
@@ -68,6 +70,8 @@ def command(
         **options,
     )
     judge = find_judge(against, revision)
+    for bundle in bundles[1:]:
+        open_bundle(bundle)  # else what was found of those before it would be lost
     judgements = []
     for bundle in bundles:
         if len(bundles) > 1 and not as_json:

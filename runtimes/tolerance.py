@@ -105,11 +105,14 @@ def tolerance_for(scheme: str, dtype: str) -> Tolerance:
     return _INT8 if bits == 8 else _OTHER_BITS[bits]
 
 
-def tolerance_between(one: tuple[str, str], other: tuple[str, str]) -> Tolerance:
+def tolerance_between(
+    one: tuple[str, str], other: tuple[str, str], *, same_integers: bool = True
+) -> Tolerance:
     """The limits for two bundles of one checkpoint, each given as (scheme, dtype).
 
     With one scheme they hold the same integers, and differ by the rounding of activations alone.
-    With two, each is as far from the checkpoint as it may be, in directions of its own.
+    With two, each is as far from the checkpoint as it may be, in directions of its own; so they are
+    with ``same_integers`` false, where another program has rounded one of them.
     """
     looser, stricter = sorted(
         (tolerance_for(*one), tolerance_for(*other)), key=lambda limits: -limits.kl_mean
@@ -117,6 +120,6 @@ def tolerance_between(one: tuple[str, str], other: tuple[str, str]) -> Tolerance
     limits = replace(looser, greedy_against="bundle")
     if one[0] == other[0] == "float":
         return limits
-    if one[0] == other[0]:
+    if one[0] == other[0] and same_integers:
         return replace(limits, kl_mean=looser.self_kl, top1_agreement=0.9, layer_error=0.1)
     return replace(limits, kl_mean=2 * (looser.kl_mean + stricter.kl_mean))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +43,37 @@ def test_doctor_sees_what_is_here(call: Call) -> None:
     text = call("doctor").out
     assert "ready    [cpu]" in text
     assert "ready    [torch]" in text
+
+
+def test_doctor_tells_mlx_from_mlx_with_cuda(call: Call) -> None:
+    mlx_runtime = pytest.importorskip("qwen2x.runtimes.mlx_runtime", reason="mlx is not installed")
+    extras = call("doctor", "--json").json["extras"]
+    assert extras["mlx"]["is_usable"] is True
+    assert extras["mlx"]["detail"] == f"mlx {version('mlx')}"
+    has_cuda = "cuda" in mlx_runtime.available_devices()
+    assert extras["mlx-cuda"]["is_usable"] is has_cuda
+    if not has_cuda:
+        assert extras["mlx-cuda"]["detail"] == f"mlx {version('mlx')} has no CUDA here"
+        assert extras["mlx-cuda"]["advice"] == 'pip install "qwen2x[mlx-cuda]"'
+
+
+@pytest.mark.parametrize(
+    ("here", "devices"),
+    [(["metal", "cpu"], ["cpu", "metal"]), (["cuda", "cpu"], ["cpu", "cuda"])],
+)
+def test_doctor_lists_the_devices_of_all_backends_once(
+    here: list[str], devices: list[str], call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlx_runtime = pytest.importorskip("qwen2x.runtimes.mlx_runtime", reason="mlx is not installed")
+    from qwen2x.runtimes import onnx_runtime
+
+    monkeypatch.setattr(onnx_runtime, "available_devices", lambda: ["cpu"])
+    monkeypatch.setattr(mlx_runtime, "available_devices", lambda: here)
+    facts = call("doctor", "--json").json
+    assert facts["devices"] == devices
+    assert facts["extras"]["mlx-cuda"]["is_usable"] is ("cuda" in here)
+    # CUDA in MLX says nothing of onnxruntime.
+    assert facts["extras"]["cuda"]["is_usable"] is False
 
 
 @pytest.mark.parametrize(
@@ -89,6 +121,20 @@ def test_without_torch_a_command_names_the_extra(
     args = command.format(bundle=float_bundle, example=example).split()
     names = ("torch", "transformers")
     assert 'pip install "qwen2x[torch]"' in run_without(tmp_path, names, *args).complaint
+
+
+def test_without_mlx_the_demo_says_what_it_leaves_out(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen2x.cli import demo
+
+    monkeypatch.setattr(demo, "STOPS", [stop for stop in demo.STOPS if stop.target == "mlx"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    done = call("demo", "--out", tmp_path / "kept")
+    assert done.code == 0
+    assert 'int4-mlx is left out: mlx is not installed; pip install "qwen2x[mlx]"' in done.err
+    assert done.out.strip().startswith("all passed")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_export_needs_neither_torch_nor_onnxruntime(example: Path, tmp_path: Path) -> None:
