@@ -109,7 +109,9 @@ def test_all_steps_together_are_those_of_transformers(
     )
     logits, context = random_logits(seed, 60), [1, 5, 5, 59]
     expected, found = theirs(logits, context, sampling), ours(logits, context, sampling)
-    if ((expected > 0) != (found > 0)).any():
+    by_one_alone = (expected > 0) != (found > 0)
+    # At a top_p of nearly 1, float32 tells the unlikeliest tokens from none no more.
+    if (expected + found)[by_one_alone].sum() > 1e-6:
         # A token that sits on the edge of top_p or min_p by float32's last digits; both are right.
         both = np.sort(np.abs(expected - found))
         assert (both > 1e-5).sum() <= np.count_nonzero(expected) + 1
