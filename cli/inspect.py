@@ -21,18 +21,19 @@ from qwen2x.quantize.errors import RequestError
 def command(path: str, revision: str | None, verify: bool, as_json: bool) -> None:
     """Show what PATH is: a checkpoint (folder or hub id) or a bundle."""
     from qwen2x.exporters.bundle import is_bundle
+    from qwen2x.exporters.hub import resolve_source
 
     folder = Path(path)
-    if is_bundle(folder):
-        if revision is not None:
-            raise RequestError(f"{path} is a bundle, which has no revisions; leave out --revision")
-        facts = inspect_bundle(folder, verify=verify)
-    else:
-        from qwen2x.exporters.hub import resolve_source
-
+    if not is_bundle(folder):
         if verify:
             raise RequestError(f"{path} is no bundle, only bundles have hashes; leave out --verify")
-        facts = inspect_checkpoint(resolve_source(path, revision=revision))
+        # A hub id may be that of a folder for MLX.
+        folder = resolve_source(path, revision=revision)
+    elif revision is not None:
+        raise RequestError(f"{path} is a bundle, which has no revisions; leave out --revision")
+    facts = (
+        inspect_bundle(folder, verify=verify) if is_bundle(folder) else inspect_checkpoint(folder)
+    )
     if as_json:
         print_json(facts)
         return

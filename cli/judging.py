@@ -98,13 +98,17 @@ def find_judge(against: str, revision: str | None) -> Judge:
         InputError: it is neither, or not whole.
     """
     from qwen2x.exporters.bundle import is_bundle, open_bundle
+    from qwen2x.exporters.hub import resolve_source
 
     folder = Path(against)
+    if not is_bundle(folder):
+        # A hub id may be that of a folder for MLX.
+        folder = resolve_source(against, revision=revision)
+    elif revision is not None:
+        raise RequestError(f"{against} is a bundle, which has no revisions; leave it out")
     if is_bundle(folder):
-        if revision is not None:
-            raise RequestError(f"{against} is a bundle, which has no revisions; leave it out")
         return Judge(name=against, folder=folder, bundle=open_bundle(folder))
-    return Judge(name=against, folder=open_source(against, revision))
+    return Judge(name=against, folder=open_source(folder, None))
 
 
 def judge_bundle(folder: Path, judge: Judge, wish: Wish) -> Judgement:

@@ -194,7 +194,7 @@ def open_model(
     )
 
 
-def open_source(source: str, revision: str | None) -> Path:
+def open_source(source: str | Path, revision: str | None) -> Path:
     """The local folder of a checkpoint whose config and tensors' headers are those of a Qwen2.
 
     Raises:
@@ -275,6 +275,12 @@ def _graph_device(device: str) -> str:
     """What an ONNX graph is built for when it is to run on a device."""
     if device == "metal":
         raise BackendError("onnxruntime has no device metal; use --backend mlx, or --device cpu")
+    usable = _usable_devices()
     if device == "auto":
-        return "cuda" if "cuda" in _usable_devices() else "cpu"
+        return "cuda" if "cuda" in usable else "cpu"
+    if usable and device not in usable:
+        raise BackendError(
+            f'onnxruntime has no {device} here; pip install "qwen2x[{device}]" (and uninstall the '
+            "other onnxruntime first)"
+        )
     return device

@@ -39,7 +39,7 @@ def int8_layout(facts: Mapping[str, Any]) -> Layout:
     if group_size is None:
         raise BackendError(
             f"an 8-bit cache needs a head_dim that is a multiple of 32, got {head_dim}; "
-            "leave out kv_bits"
+            "leave out --kv-bits (kv_bits)"
         )
     scales = (head_dim // group_size, mx.float32)
     parts = ((head_dim * BITS // 32, mx.uint32), scales, scales)

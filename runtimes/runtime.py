@@ -361,7 +361,7 @@ def _require_kv_bits(kv_bits: int | None, backend: str) -> None:
         )
     if backend != "mlx":
         raise BackendError(
-            f"an 8-bit KV cache is there for mlx, not for {backend}; leave out kv_bits"
+            f"an 8-bit KV cache is there for mlx, not for {backend}; leave out --kv-bits (kv_bits)"
         )
 
 

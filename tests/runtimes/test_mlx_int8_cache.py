@@ -193,5 +193,5 @@ def test_other_backends_are_refused(make_bundle: MakeBundle, random_checkpoint: 
 def test_a_head_size_without_groups_is_refused(tmp_path: Path, make_bundle: MakeBundle) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", head_dim=24, dtype="float32")
     bundle = make_bundle(source, target="mlx", dtype="float32")
-    with pytest.raises(BackendError, match="multiple of 32, got 24; leave out kv_bits"):
+    with pytest.raises(BackendError, match="multiple of 32, got 24; leave out --kv-bits"):
         open_runtime(bundle, kv_bits=8)

@@ -1,0 +1,125 @@
+"""A layer's matrices, rounded so that what they give for real text stays what it was.
+
+Two streams of hidden states run through the model side by side: one through the float weights, one
+through those that are already rounded. A matrix is fitted to give for the second stream's inputs
+what it gave for the first one's, so that it also makes up for what was lost before it
+(https://arxiv.org/abs/2504.09629); then it is rounded with compensation (``gptq``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qwen2x.quantize.decoder import Shape, activate, attend, norm
+from qwen2x.quantize.gptq import Moments, gather_moments, round_compensated
+from qwen2x.quantize.groups import Float, QuantizedMatrix, dequantize
+from qwen2x.quantize.scheme import Scheme
+
+# Share of the earlier loss that a matrix is fitted to make up for. All of it would fit the few
+# calibration tokens rather than the language.
+MAKE_UP = 0.5
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+Tensor = Callable[[str], Float]
+SchemeOf = Callable[[str], Scheme | None]
+
+
+@dataclass
+class Streams:
+    """Hidden states float32 [windows, tokens, hidden]: through float weights, and rounded ones."""
+
+    exact: Float
+    rounded: Float
+
+
+def calibrate_layer(
+    prefix: str, tensor: Tensor, scheme_of: SchemeOf, shape: Shape, streams: Streams
+) -> dict[str, QuantizedMatrix]:
+    """Rounds one layer and moves the streams behind it.
+
+    Args:
+        prefix: of the layer's names, such as ``model.layers.0.``.
+        tensor: gives a tensor of the checkpoint by its name.
+        scheme_of: gives a matrix's scheme by its module path; None leaves it float.
+        shape: of the layer.
+        streams: before the layer; changed.
+
+    Returns:
+        Codes and scales by tensor name, of the matrices that have a scheme.
+    """
+    layer = _Layer(prefix=prefix, tensor=tensor, scheme_of=scheme_of)
+    epsilon = shape.rms_norm_eps
+    weight = tensor(f"{prefix}input_layernorm.weight")
+    inputs = Streams(
+        exact=norm(streams.exact, weight, epsilon), rounded=norm(streams.rounded, weight, epsilon)
+    )
+    exact, rounded = layer.run(_QKV, inputs, has_bias=True)
+    mixed = Streams(exact=attend(exact, shape), rounded=attend(rounded, shape))
+    _add(streams, layer.run(("self_attn.o_proj",), mixed))
+    weight = tensor(f"{prefix}post_attention_layernorm.weight")
+    inputs = Streams(
+        exact=norm(streams.exact, weight, epsilon), rounded=norm(streams.rounded, weight, epsilon)
+    )
+    exact, rounded = layer.run(_GATE_UP, inputs)
+    inner = Streams(exact=activate(*exact), rounded=activate(*rounded))
+    _add(streams, layer.run(("mlp.down_proj",), inner))
+    return layer.matrices
+
+
+def _add(streams: Streams, outputs: tuple[list[Float], list[Float]]) -> None:
+    (exact,), (rounded,) = outputs
+    streams.exact += exact
+    streams.rounded += rounded
+
+
+@dataclass
+class _Layer:
+    prefix: str
+    tensor: Tensor
+    scheme_of: SchemeOf
+    matrices: dict[str, QuantizedMatrix] = field(default_factory=dict)
+
+    def run(
+        self, modules: Sequence[str], inputs: Streams, has_bias: bool = False
+    ) -> tuple[list[Float], list[Float]]:
+        """Rounds matrices that share their inputs; gives what they make of both streams."""
+        schemes = [self.scheme_of(self.prefix + module) for module in modules]
+        fit = _fit(inputs) if any(scheme is not None for scheme in schemes) else None
+        exact, rounded = [], []
+        for module, scheme in zip(modules, schemes, strict=True):
+            name = f"{self.prefix}{module}.weight"
+            weights = kept = self.tensor(name)
+            if scheme is not None and fit is not None:
+                target = weights + fit.moments.solve(weights @ fit.lost)
+                self.matrices[name] = round_compensated(target, fit.moments, scheme)
+                kept = dequantize(self.matrices[name])
+            bias = self.tensor(f"{self.prefix}{module}.bias") if has_bias else np.float32(0)
+            exact.append(inputs.exact @ weights.T + bias)
+            rounded.append(inputs.rounded @ kept.T + bias)
+        return exact, rounded
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """What a stage's inputs say, with x of the exact stream and y of the rounded one.
+
+    Attributes:
+        moments: of y.
+        lost: float32 [columns, columns], the sum of (x - y) y^T, as far as it is to be made up.
+            W x is nearest to (W + W lost moments^-1) y.
+    """
+
+    moments: Moments
+    lost: Float
+
+
+def _fit(inputs: Streams) -> _Fit:
+    columns = inputs.rounded.shape[-1]
+    rounded = inputs.rounded.reshape(-1, columns)
+    lost: Float = (inputs.exact.reshape(-1, columns) - rounded).T @ rounded
+    lost *= MAKE_UP
+    return _Fit(moments=gather_moments(rounded.T @ rounded), lost=lost)
