@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,25 @@ def size_text(count: float) -> str:
         if count >= power:
             return f"{count / power:.2f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def layer_progress(*, quiet: bool = False) -> Callable[[int, int], None]:
+    """Tells of layers that are done, and of the time left, on standard error."""
+    started = time.monotonic()
+    first: list[int] = []
+
+    def show(done: int, total: int) -> None:
+        first.append(done)
+        fresh = done - first[0]
+        if quiet:
+            return
+        if not fresh:
+            log(f"calibrating {total} layers" + (f", {done} are done already" if done else ""))
+            return
+        left = (time.monotonic() - started) / fresh * (total - done)
+        log(f"calibrated layer {done} of {total}, {left / 60:.1f} minutes left")
+
+    return show
 
 
 @contextmanager

@@ -16,15 +16,31 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen2x.exporters.bundle import FORMAT_VERSION, describe_files, sha256_of, write_manifest
+from qwen2x.exporters.calibration import (
+    Calibration,
+    OnLayer,
+    calibrate,
+    is_calibration_file,
+    read_calibration,
+)
 from qwen2x.exporters.checkpoint import Checkpoint, open_checkpoint
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.model_card import model_card
 from qwen2x.exporters.options import Options, version
 from qwen2x.exporters.staging import KEY_FILE, require_space, stage_folder
 from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES, require_tokenizer_fits
-from qwen2x.exporters.weight_writer import CHUNK_ELEMENTS, JOURNAL, Progress, write_weights
+from qwen2x.exporters.weight_writer import (
+    CHUNK_ELEMENTS,
+    JOURNAL,
+    Progress,
+    Quantizer,
+    plain_quantizer,
+    write_weights,
+)
 from qwen2x.exporters.weights import DataFile, Weight, bits_per_weight, by_kind
 from qwen2x.quantize.errors import BundleError
+from qwen2x.quantize.groups import QuantizedMatrix
+from qwen2x.quantize.scheme import Scheme
 
 CARD_FILE = "README.md"
 # What Python, NumPy and onnx occupy, and what one worker's chunk needs in all its forms.
@@ -94,6 +110,7 @@ def write_bundle(
     source_id: str,
     force: bool,
     progress: Progress,
+    on_layer: OnLayer,
 ) -> dict[str, Any]:
     """Writes the bundle and gives its manifest.
 
@@ -106,14 +123,25 @@ def write_bundle(
         require_tokenizer_fits(folder, checkpoint.config.vocab_size)
         _require_source_outside(checkpoint, out)
         require_space(out, sum(planned_files(plan).values()))
-        key = {"options": asdict(options), "source": _identity(checkpoint), "version": version()}
+        calibration = _calibration(checkpoint, options)
+        key = {
+            "options": asdict(options),
+            "source": _identity(checkpoint),
+            "calibration": calibration.sha256 if calibration else None,
+            "version": version(),
+        }
         with stage_folder(out, key, force=force) as staging, _source_hashes(checkpoint) as hashes:
             _keep_only_weights(staging, plan.data_files)
-            write_weights(checkpoint, plan.weights, plan.data_files, staging, progress)
+            quantizer = plain_quantizer(checkpoint)
+            if calibration is not None:
+                quantizer = _calibrated(checkpoint, calibration, options, staging, on_layer)
+            write_weights(checkpoint, plan.weights, plan.data_files, staging, progress, quantizer)
+            _remove_calibration(staging)
             _copy_companions(folder, staging)
             added = plan.write_structure(staging)
             sha256 = {name: future.result() for name, future in hashes.items()}
             manifest = _manifest(plan, {"id": source_id, "sha256": sha256}) | added
+            manifest["calibration"] = calibration.to_json() if calibration else None
             manifest["files"] = describe_files(staging, without=(KEY_FILE, JOURNAL))
             # Not among the files that are checked: its owner may write on it.
             (staging / CARD_FILE).write_text(model_card(manifest), encoding="utf-8")
@@ -121,6 +149,35 @@ def write_bundle(
             write_manifest(staging, manifest)
             (staging / JOURNAL).unlink()
     return manifest
+
+
+def _calibration(checkpoint: Checkpoint, options: Options) -> Calibration | None:
+    if not options.is_calibrated:
+        return None
+    path = None if options.calibration is None else Path(options.calibration)
+    return read_calibration(checkpoint.folder, path, checkpoint.config)
+
+
+def _calibrated(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    options: Options,
+    staging: Path,
+    on_layer: OnLayer,
+) -> Quantizer:
+    """Rounds the layers' matrices now; gives what hands them out, and rounds others plainly."""
+
+    def scheme_of(module: str) -> Scheme | None:
+        return options.scheme_of(module, checkpoint.config)
+
+    matrices = calibrate(checkpoint, calibration, scheme_of, staging, on_layer)
+    plain = plain_quantizer(checkpoint)
+
+    def quantizer(name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
+        rows = matrices.rows if name in matrices else plain
+        return rows(name, start, stop, scheme)
+
+    return quantizer
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -163,7 +220,13 @@ def _keep_only_weights(staging: Path, data_files: Sequence[DataFile]) -> None:
     """Of an interrupted export, all but the weights is written anew."""
     kept = {KEY_FILE, JOURNAL, *(file.name for file in data_files)}
     for path in staging.iterdir():
-        if path.name not in kept:
+        if path.name not in kept and not is_calibration_file(path.name):
+            path.unlink()
+
+
+def _remove_calibration(staging: Path) -> None:
+    for path in staging.iterdir():
+        if is_calibration_file(path.name):
             path.unlink()
 
 
@@ -184,7 +247,7 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
         "source": source,
         "config": config.raw,
         "scheme": scheme_name(options),
-        "method": "rtn" if options.scheme else "none",
+        "method": _method(options),
         "schemes": {
             "layers": scheme_name(options),
             "qkv_embedding_head": sensitive.name if sensitive else "float",
@@ -206,6 +269,12 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
         "quality": {},
         "versions": {"qwen2x": version(), "numpy": np.__version__, **own["versions"]},
     }
+
+
+def _method(options: Options) -> str:
+    if options.scheme is None:
+        return "none"
+    return "gptq" if options.is_calibrated else "rtn"
 
 
 def cache_facts(config: Qwen2Config, dtype: str, layout: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2x.exporters.bundle_writer import Plan, write_bundle
+from qwen2x.exporters.calibration import OnLayer
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.hub import resolve_source, source_id
 from qwen2x.exporters.options import Options
@@ -30,6 +31,7 @@ def export(
     revision: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    on_layer: OnLayer | None = None,
     source_name: str | None = None,
     **options: Any,
 ) -> Export:
@@ -42,9 +44,10 @@ def export(
         revision: branch, tag or commit of a hub id.
         force: replace an existing folder.
         progress: called with bytes written and bytes in all.
+        on_layer: called with layers calibrated and layers in all, with method gptq.
         source_name: what the manifest calls the source, if not its id or folder name.
-        **options: the other fields of ``Options``: bits, group_size, method, dtype, device,
-            max_context.
+        **options: the other fields of ``Options``: bits, group_size, method,
+            calibration, dtype, device, max_context, graph.
 
     Raises:
         InputError: a source, option or folder that does not fit; nothing is left behind.
@@ -61,6 +64,7 @@ def export(
         source_id=source_name or source_id(source),
         force=force,
         progress=progress or (lambda done, total: None),
+        on_layer=on_layer or (lambda done, total: None),
     )
     return Export(bundle=Path(out), manifest=manifest)
 

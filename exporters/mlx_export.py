@@ -113,10 +113,9 @@ def plan_mlx(config: Qwen2Config, options: Options) -> MlxPlan:
     dtype = options.dtype or _stored_dtype(config.raw)
     if dtype not in FLOAT_TYPES:
         raise BackendError(f"no MLX folder for --dtype {dtype}; choose {' or '.join(FLOAT_TYPES)}")
-    sensitive = options.sensitive_scheme(config)
 
     def scheme_of(module: str) -> Scheme | None:
-        return sensitive if is_sensitive(module) else options.scheme
+        return options.scheme_of(module, config)
 
     tensors = config.expected_tensors()
     layout = lay_out(tensors, FLOAT_TYPES[dtype], scheme_of)
@@ -137,11 +136,6 @@ def _graph_module() -> Any:
         raise BackendError(
             f'--graph needs mlx ({error}); pip install "qwen2x[mlx]", or leave out --graph'
         ) from None
-
-
-def is_sensitive(module: str) -> bool:
-    """Whether a matrix is one of those that lose most by rounding."""
-    return module.endswith(("q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head"))
 
 
 def _stored_dtype(raw: Mapping[str, Any]) -> str:

@@ -14,7 +14,10 @@ from qwen2x.quantize.scheme import Scheme
 TARGETS = ("onnx", "mlx")
 DEFAULT_GROUP_SIZE = 32
 # auto is the best that there is: today rounding to scales of least squared error.
-METHODS = ("auto", "rtn")
+METHODS = ("auto", "rtn", "gptq")
+
+# What loses most by rounding, by the end of its module path.
+_SENSITIVE = ("q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Options:
         dtype: float type of what is not quantized, and of activations; None is the target's choice.
         bits: 4 or 8, or None for floats.
         group_size: weights that share a scale.
-        method: ``auto`` or ``rtn``.
+        method: ``auto``, ``rtn`` or ``gptq``.
+        calibration: the text file that gptq fits to; None is the mix that ships with qwen2x.
         max_context: positions to prepare for; None is all that the model can.
         graph: also trace an MLX folder's forward pass into ``decode.mlxfn``, which needs mlx.
     """
@@ -39,6 +43,7 @@ class Options:
     bits: int | None = None
     group_size: int = DEFAULT_GROUP_SIZE
     method: str = "auto"
+    calibration: str | None = None
     max_context: int | None = None
     graph: bool = False
 
@@ -47,6 +52,10 @@ class Options:
             raise BackendError(f"target must be {' or '.join(TARGETS)}, got {self.target!r}")
         if self.method not in METHODS:
             raise SchemeError(f"method must be {' or '.join(METHODS)}, got {self.method!r}")
+        if self.calibration is not None and not self.is_calibrated:
+            raise SchemeError(
+                "--calibration is for --method gptq with --bits; add them, or leave it out"
+            )
         if self.graph and self.target != "mlx":
             raise BackendError("--graph is for --to mlx; an ONNX bundle is a graph: leave it out")
 
@@ -56,6 +65,15 @@ class Options:
         if self.bits is None:
             return None
         return Scheme(bits=self.bits, group_size=self.group_size)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether rounding is fitted to a text."""
+        return self.bits is not None and self.method == "gptq"
+
+    def scheme_of(self, module: str, config: Qwen2Config) -> Scheme | None:
+        """A matrix's scheme by its module path, such as ``model.layers.0.mlp.up_proj``."""
+        return self.sensitive_scheme(config) if module.endswith(_SENSITIVE) else self.scheme
 
     def sensitive_scheme(self, config: Qwen2Config) -> Scheme | None:
         """8 bits for what loses most by rounding: q, k, v, embedding and head.

@@ -22,8 +22,11 @@ from qwen2x.exporters.weights import DataFile, Region, Weight
 from qwen2x.quantize.errors import CheckpointError
 from qwen2x.quantize.groups import QuantizedMatrix, quantize
 from qwen2x.quantize.packing import pack_bytes
+from qwen2x.quantize.scheme import Scheme
 
 Progress = Callable[[int, int], None]
+# Gives rows start:stop of a checkpoint tensor as codes and scales.
+Quantizer = Callable[[str, int, int, Scheme], QuantizedMatrix]
 JOURNAL = "journal"
 CHUNK_ELEMENTS = 1 << 18
 _SYNC_BYTES = 1 << 26
@@ -46,6 +49,7 @@ def write_weights(
     files: Sequence[DataFile],
     folder: Path,
     progress: Progress,
+    quantizer: Quantizer | None = None,
 ) -> None:
     """Writes (or completes) the data files and brings them to disk.
 
@@ -55,6 +59,7 @@ def write_weights(
         files: the data files.
         folder: where they lie, and their journal beside them.
         progress: called with bytes written so far and bytes in all.
+        quantizer: rounds matrices that have a scheme; by default to scales of least error.
 
     Raises:
         CheckpointError: NaN or infinity among the weights, or beyond the target's float type.
@@ -66,16 +71,33 @@ def write_weights(
         written = sum(weight.bytes for weight in weights if weight.name in done)
         progress(written, total)
         todo = [weight for weight in weights if weight.name not in done]
-        for weight in _in_parallel(checkpoint, todo, opened):
+        work = _Work(
+            checkpoint=checkpoint,
+            files=opened,
+            quantizer=quantizer or plain_quantizer(checkpoint),
+        )
+        for weight in _in_parallel(work, todo):
             opened.finish(weight)
             written += weight.bytes
             progress(written, total)
         opened.sync()
 
 
-def _in_parallel(
-    checkpoint: Checkpoint, weights: list[Weight], files: _DataFiles
-) -> Iterator[Weight]:
+def plain_quantizer(checkpoint: Checkpoint) -> Quantizer:
+    """Rounds to scales of least squared error."""
+    return lambda name, start, stop, scheme: quantize(checkpoint.rows(name, start, stop), scheme)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Where chunks come from and go to."""
+
+    checkpoint: Checkpoint
+    files: _DataFiles
+    quantizer: Quantizer
+
+
+def _in_parallel(work: _Work, weights: list[Weight]) -> Iterator[Weight]:
     """Yields each weight when its last chunk is written."""
     workers = min(4, os.cpu_count() or 1)
     left = {weight.name: sum(1 for _ in _chunks(weight)) for weight in weights}
@@ -83,7 +105,7 @@ def _in_parallel(
     with ThreadPoolExecutor(workers) as pool:
         try:
             for chunk in (chunk for weight in weights for chunk in _chunks(weight)):
-                pending[pool.submit(_convert, checkpoint, chunk, files)] = chunk.weight
+                pending[pool.submit(_convert, work, chunk)] = chunk.weight
                 if len(pending) >= 2 * workers:
                     yield from _collect(pending, left)
             while pending:
@@ -111,12 +133,13 @@ def _chunks(weight: Weight) -> Iterator[_Chunk]:
         row += rows
 
 
-def _convert(checkpoint: Checkpoint, chunk: _Chunk, files: _DataFiles) -> None:
+def _convert(work: _Work, chunk: _Chunk) -> None:
     weight = chunk.weight
-    values = checkpoint.rows(chunk.source, chunk.start, chunk.stop)
     if weight.scheme is not None:
-        _write_quantized(chunk, quantize(values, weight.scheme), files)
+        matrix = work.quantizer(chunk.source, chunk.start, chunk.stop, weight.scheme)
+        _write_quantized(chunk, matrix, work.files)
         return
+    values = work.checkpoint.rows(chunk.source, chunk.start, chunk.stop)
     with np.errstate(over="ignore"):
         stored = values.astype(weight.values.dtype)
     if stored.dtype == np.float16 and not np.isfinite(stored).all():
@@ -124,7 +147,7 @@ def _convert(checkpoint: Checkpoint, chunk: _Chunk, files: _DataFiles) -> None:
             f"{chunk.source} holds values beyond float16 (largest {np.abs(values).max():.4g}); "
             "choose --dtype bfloat16 or float32"
         )
-    files.write(weight.values, chunk.row, stored)
+    work.files.write(weight.values, chunk.row, stored)
 
 
 def _write_quantized(chunk: _Chunk, matrix: QuantizedMatrix, files: _DataFiles) -> None:

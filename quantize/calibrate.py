@@ -120,6 +120,7 @@ class _Fit:
 def _fit(inputs: Streams) -> _Fit:
     columns = inputs.rounded.shape[-1]
     rounded = inputs.rounded.reshape(-1, columns)
-    lost: Float = (inputs.exact.reshape(-1, columns) - rounded).T @ rounded
-    lost *= MAKE_UP
+    gap: Float = inputs.exact.reshape(-1, columns) - rounded
+    gap *= MAKE_UP
+    lost = gap.T @ rounded
     return _Fit(moments=gather_moments(rounded.T @ rounded), lost=lost)
