@@ -16,7 +16,7 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from qwen2x.quantize.errors import CheckpointError
-from qwen2x.quantize.groups import Codes, Float, QuantizedMatrix
+from qwen2x.quantize.groups import Codes, Float, QuantizedMatrix, require_within_range
 from qwen2x.quantize.scheme import Scheme
 
 Double = NDArray[np.float64]
@@ -73,7 +73,12 @@ def gather_moments(products: Float, damping: float = DAMPING) -> Moments:
 
 
 def round_compensated(weights: Float, moments: Moments, scheme: Scheme) -> QuantizedMatrix:
-    """Codes and scales whose product with the inputs is near that of weights [rows, columns]."""
+    """Codes and scales whose product with the inputs is near that of weights [rows, columns].
+
+    Raises:
+        SchemeError: weights that are too large to be weights.
+    """
+    require_within_range(weights, np.abs(weights).max(initial=0))
     rows, columns = weights.shape
     order, factor = moments.order, moments.factor
     scales = search_scales(weights, moments.importance, scheme)

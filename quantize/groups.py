@@ -74,6 +74,15 @@ def quantize(values: Float, scheme: Scheme) -> QuantizedMatrix:
     )
 
 
+def require_within_range(weights: Float, largest: float) -> None:
+    """Raises SchemeError for weights whose ``largest`` size is too large, or not finite."""
+    if not largest <= _LARGEST:
+        raise SchemeError(
+            "weights must be finite and within 2**48, got "
+            f"{weights.flat[np.abs(weights).argmax()]}; export without --bits"
+        )
+
+
 def dequantize(matrix: QuantizedMatrix) -> Float:
     """Float32 [rows, columns]: scale * (code - zero point)."""
     rows, groups = matrix.scales.shape
@@ -106,11 +115,7 @@ def _largest(weights: Float) -> Float:
     """The weight of each group that is farthest from 0 (of two the positive), float32 [groups]."""
     highest, lowest = weights.max(axis=0), weights.min(axis=0)
     sizes = np.maximum(highest, -lowest)
-    if not sizes.max(initial=0) <= _LARGEST:
-        raise SchemeError(
-            "weights must be finite and within 2**48, got "
-            f"{weights.flat[np.abs(weights).argmax()]}; export without --bits"
-        )
+    require_within_range(weights, sizes.max(initial=0))
     largest: Float = np.copysign(sizes, highest + lowest)
     return largest
 
