@@ -125,9 +125,9 @@ def write_bundle(
         require_space(out, sum(planned_files(plan).values()))
         calibration = _calibration(checkpoint, options)
         key = {
-            "options": asdict(options),
+            # Of the text its tokens count, not where it lies.
+            "options": asdict(options) | {"calibration": calibration and calibration.sha256},
             "source": _identity(checkpoint),
-            "calibration": calibration.sha256 if calibration else None,
             "version": version(),
         }
         with stage_folder(out, key, force=force) as staging, _source_hashes(checkpoint) as hashes:
@@ -136,18 +136,21 @@ def write_bundle(
             if calibration is not None:
                 quantizer = _calibrated(checkpoint, calibration, options, staging, on_layer)
             write_weights(checkpoint, plan.weights, plan.data_files, staging, progress, quantizer)
-            _remove_calibration(staging)
             _copy_companions(folder, staging)
             added = plan.write_structure(staging)
             sha256 = {name: future.result() for name, future in hashes.items()}
             manifest = _manifest(plan, {"id": source_id, "sha256": sha256}) | added
             manifest["calibration"] = calibration.to_json() if calibration else None
-            manifest["files"] = describe_files(staging, without=(KEY_FILE, JOURNAL))
+            calibration_files = {name for name in os.listdir(staging) if is_calibration_file(name)}
+            not_promised = {KEY_FILE, JOURNAL, *calibration_files}
+            manifest["files"] = describe_files(staging, without=not_promised)
             # Not among the files that are checked: its owner may write on it.
             (staging / CARD_FILE).write_text(model_card(manifest), encoding="utf-8")
             manifest["seconds"] = round(time.monotonic() - started, 3)
             write_manifest(staging, manifest)
-            (staging / JOURNAL).unlink()
+            # Not earlier: what was interrupted until here need not calibrate again.
+            for name in (JOURNAL, *calibration_files):
+                (staging / name).unlink()
     return manifest
 
 
@@ -221,12 +224,6 @@ def _keep_only_weights(staging: Path, data_files: Sequence[DataFile]) -> None:
     kept = {KEY_FILE, JOURNAL, *(file.name for file in data_files)}
     for path in staging.iterdir():
         if path.name not in kept and not is_calibration_file(path.name):
-            path.unlink()
-
-
-def _remove_calibration(staging: Path) -> None:
-    for path in staging.iterdir():
-        if is_calibration_file(path.name):
             path.unlink()
 
 

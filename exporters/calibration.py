@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from tokenizers import Tokenizer
 
 from qwen2x.exporters.checkpoint import Checkpoint
@@ -70,9 +70,7 @@ def read_calibration(folder: Path, path: Path | None, config: Qwen2Config) -> Ca
     Raises:
         RequestError: no tokenizer, a text that cannot be read, or one that is too short.
     """
-    if not (folder / "tokenizer.json").is_file():
-        raise RequestError(f"{folder} has no tokenizer.json, which --method gptq needs; use rtn")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = _open_tokenizer(folder / "tokenizer.json")
     texts = _built_in() if path is None else [_read(path)]
     window = min(_WINDOW, config.rope.max_position_embeddings)
     rows: list[list[int]] = []
@@ -92,10 +90,23 @@ def read_calibration(folder: Path, path: Path | None, config: Qwen2Config) -> Ca
     return Calibration(windows=windows, name="built-in mix" if path is None else path.name)
 
 
+def _open_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise RequestError(f"{path.parent} has no {path.name}, which --method gptq needs; use rtn")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise RequestError(f"{path} cannot be read ({error}); fetch it again") from None
+    # It may carry the settings of some training run; the text is taken whole.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RequestError(f"--calibration {path} cannot be read as UTF-8 text: {error}") from None
 
 
@@ -121,22 +132,21 @@ class CalibratedMatrices:
     """Codes and scales of all layers, on disk beside the bundle that is being written."""
 
     def __init__(self, staging: Path) -> None:
-        self._staging = staging
-        self._files: dict[str, Any] = {}
-        self._places: dict[str, Any] = {}
-        for path in sorted(staging.glob(f"{PREFIX}layer-*.safetensors")):
-            file: Any = safe_open(path, framework="numpy")
-            for name in file.keys():  # noqa: SIM118 (the file is no dictionary)
-                self._places[name] = file
+        self._files: dict[str, Path] = {}
+        for path in staging.glob(f"{PREFIX}layer-*.safetensors"):
+            with safe_open(path, framework="numpy") as file:
+                self._files |= dict.fromkeys(file.keys(), path)
 
     def __contains__(self, name: str) -> bool:
         """Whether a tensor was calibrated."""
-        return f"{name}.codes" in self._places
+        return f"{name}.codes" in self._files
 
     def rows(self, name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
         """Rows of a matrix, as ``quantize`` gives them."""
-        packed = self._places[f"{name}.codes"].get_slice(f"{name}.codes")[start:stop]
-        scales = self._places[f"{name}.scales"].get_slice(f"{name}.scales")[start:stop]
+        # Opened anew each time: pages of an open file stay in memory, and Windows cannot delete it.
+        with safe_open(self._files[f"{name}.codes"], framework="numpy") as file:
+            packed = file.get_slice(f"{name}.codes")[start:stop]
+            scales = file.get_slice(f"{name}.scales")[start:stop]
         return QuantizedMatrix(
             codes=unpack_bytes(packed, scheme.bits), scales=scales, scheme=scheme
         )
@@ -174,7 +184,7 @@ def calibrate(
     for layer in range(done, config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         matrices = calibrate_layer(prefix, checkpoint.rows, scheme_of, shape, streams)
-        _save(staging / f"{PREFIX}layer-{layer:03}.safetensors", _stored(matrices))
+        _save(_layer_file(staging, layer), _stored(matrices))
         states = {"exact": streams.exact, "rounded": streams.rounded}
         _save(staging / _STREAMS, states | {"layers": np.array([layer + 1])})
         on_layer(layer + 1, config.num_hidden_layers)
@@ -186,12 +196,20 @@ def is_calibration_file(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
+def _layer_file(staging: Path, layer: int) -> Path:
+    return staging / f"{PREFIX}layer-{layer:03}.safetensors"
+
+
 def _restore(staging: Path) -> tuple[int, Streams] | None:
+    """Layers that are done and the streams behind them, if all that they left is there."""
     path = staging / _STREAMS
     if not path.is_file():
         return None
     states = load_file(path)
-    return int(states["layers"][0]), Streams(exact=states["exact"], rounded=states["rounded"])
+    done = int(states["layers"][0])
+    if not all(_layer_file(staging, layer).is_file() for layer in range(done)):
+        return None
+    return done, Streams(exact=states["exact"], rounded=states["rounded"])
 
 
 def _embed(checkpoint: Checkpoint, calibration: Calibration, scheme_of: SchemeOf) -> Streams:
@@ -216,5 +234,9 @@ def _stored(matrices: Mapping[str, QuantizedMatrix]) -> dict[str, NDArray[Any]]:
 def _save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Written beside its place and renamed, so that a killed run leaves whole files."""
     temporary = path.with_name(f"{path.name}.new")
-    save_file(dict(arrays), temporary)
+    # Not save_file, whose errors do not tell a full disk from a fault.
+    with temporary.open("wb") as file:
+        file.write(save(dict(arrays)))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
