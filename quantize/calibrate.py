@@ -36,6 +36,8 @@ class Streams:
     rounded: Float
 
 
+# What overflows is met, and refused, in the moments.
+@np.errstate(over="ignore", invalid="ignore")
 def calibrate_layer(
     prefix: str, tensor: Tensor, scheme_of: SchemeOf, shape: Shape, streams: Streams
 ) -> dict[str, QuantizedMatrix]:
@@ -50,6 +52,10 @@ def calibrate_layer(
 
     Returns:
         Codes and scales by tensor name, of the matrices that have a scheme.
+
+    Raises:
+        CheckpointError: activations that are not finite.
+        SchemeError: weights that are too large to be weights.
     """
     layer = _Layer(prefix=prefix, tensor=tensor, scheme_of=scheme_of)
     epsilon = shape.rms_norm_eps
