@@ -20,6 +20,7 @@ from qwen2x.exporters.calibration import (
     Calibration,
     OnLayer,
     calibrate,
+    calibration_memory,
     is_calibration_file,
     read_calibration,
 )
@@ -96,9 +97,14 @@ def planned_files(plan: Plan) -> dict[str, int]:
 
 
 def estimate_peak_memory(plan: Plan) -> int:
-    """An estimate. Of the model's size, only a row of its widest matrix matters."""
+    """An estimate. Of the model's size, only a row of its widest matrix matters.
+
+    Calibration holds a layer and the activations of its text as well.
+    """
     chunk = max(CHUNK_ELEMENTS, *(weight.columns for weight in plan.weights))
-    return _BASE_MEMORY + 2 * _WORKERS * chunk * _BYTES_PER_CHUNK_ELEMENT
+    writing = 2 * _WORKERS * chunk * _BYTES_PER_CHUNK_ELEMENT
+    calibrating = calibration_memory(plan.config) if plan.options.is_calibrated else 0
+    return _BASE_MEMORY + max(writing, calibrating)
 
 
 def write_bundle(

@@ -191,6 +191,16 @@ def calibrate(
     return CalibratedMatrices(staging)
 
 
+def calibration_memory(config: Qwen2Config) -> int:
+    """An estimate of the bytes that calibration holds at its peak, with the longest text."""
+    window = min(_WINDOW, config.rope.max_position_embeddings)
+    hidden = config.hidden_size
+    widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, hidden)
+    # Both streams, their inputs and outputs; moments and their factor; a matrix and its trials.
+    activations = 4 * _MOST_WINDOWS * window * (7 * hidden + 6 * widest)
+    return activations + 40 * widest**2 + 64 * hidden * widest
+
+
 def is_calibration_file(name: str) -> bool:
     """Whether a file is kept for calibration alone."""
     return name.startswith(PREFIX)
