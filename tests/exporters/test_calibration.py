@@ -44,7 +44,7 @@ GPTQ: dict[str, Any] = {"bits": 4, "method": "gptq", "calibration": str(SAMPLE)}
 KILLED = -signal.SIGKILL
 # Three layers in float32: residuals of size 10, sums in another order.
 CLOSE = 1e-4
-# Eight layers more are 34 MB in float32, on a peak of some 180 MB; how many chunks happen to live
+# Seven layers more are 29 MB in float32, on a peak of some 200 MB; how many chunks happen to live
 # at once differs from run to run.
 GROWTH = 1.1
 
@@ -379,7 +379,7 @@ def test_plain_rounding_leaves_nothing_of_a_calibration(
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a peak")
 def test_peak_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     peaks = []
-    for layers in (1, 9):
+    for layers in (2, 9):
         source = write_tiny_checkpoint(
             tmp_path / f"{layers}",
             hidden_size=256,
