@@ -63,8 +63,9 @@ def command(
 ) -> None:
     """Convert SOURCE, a Hugging Face folder or hub id, into the folder OUT.
 
-    Weights are read, quantized and written row by row, so memory does not grow with the model. An
-    export that was killed goes on where it stopped when the same command is run again.
+    Weights are read, quantized and written row by row, so memory does not grow with the model; with
+    --method gptq one layer and the text's activations are in memory. An export that was killed goes
+    on where it stopped when the same command is run again.
     """
     from qwen2x.exporters.options import Options
 

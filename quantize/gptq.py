@@ -23,8 +23,10 @@ Double = NDArray[np.float64]
 
 _log = logging.getLogger(__name__)
 
-# Added to the moments' diagonal, as a share of it; raised where the factorization fails.
-DAMPING = 0.01
+# Added to the diagonal of the moments, as a share of it; raised where the factorization fails.
+# Little text tells little of thousands of columns: on the 0.5B checkpoint and 24,576 tokens KL is
+# 0.0332 on prose and 0.0245 on code with 0.01, and 0.0291 and 0.0216 with 0.15.
+DAMPING = 0.15
 _MOST_DAMPING = 1.0
 _BLOCK = 32
 # Up to this size LAPACK factors and inverts, larger matrices by products of their parts.

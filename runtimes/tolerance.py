@@ -32,7 +32,7 @@ class Tolerance:
 #   largest difference 1e-4.
 # float16, bfloat16: rounding of activations and weights to 11 and 8 bits. llama.cpp reports
 #   KL 2.5e-5 between the two; attention and 24 to 80 layers multiply it.
-# int8: half a step of 1/127 of each group's largest weight, and int8 activations on the CPU.
+# int8: scales of least error per group, and int8 activations on the CPU.
 #   Measured on the 0.5B checkpoint: KL 0.0005 on code, 0.0013 on prose, top-1 98 to 99 %.
 # int4: measured on the 0.5B checkpoint, on code and on prose: KL 0.03 and 0.07 with groups of 32,
 #   0.05 and 0.11 with 64, 0.06 and 0.15 with 128. Larger models lose less. Beyond not quite twice

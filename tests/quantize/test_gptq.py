@@ -158,7 +158,7 @@ def test_moments_that_rounding_made_indefinite_are_damped_more_and_said_so(
     products = np.eye(32, dtype=np.float32)
     products[0, 1] = products[1, 0] = 1.05
     with caplog.at_level(logging.WARNING):
-        moments = gather_moments(products)
+        moments = gather_moments(products, damping=0.01)
     assert caplog.messages == ["moments are not positive definite; damping raised to 0.1"]
     expected = np.linalg.inv(damped(products, 0.1))
     np.testing.assert_allclose(inverse_of(moments), expected, atol=1e-5)
