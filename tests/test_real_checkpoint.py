@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +28,11 @@ def judge() -> Iterator[Runtime]:
         yield runtime
 
 
-def difference(judge: Runtime, out: Path, tokens: int, **options: int) -> Difference:
+def difference(
+    judge: Runtime, out: Path, tokens: int, target: str = "onnx", **options: Any
+) -> Difference:
     source = Path(os.environ[NAME])
-    export(source, out=out, **options)
+    export(source, target, out=out, **options)
     ids = Tokenizer(source).encode(read_text(None))
     with open_runtime(out) as runtime:
         return compare(judge, runtime, windows_of(ids, tokens, 256))
@@ -40,6 +43,15 @@ def test_float32_is_the_same_model(judge: Runtime, tmp_path: Path) -> None:
     assert found.positions == 1024
     assert found.kl_mean <= 1e-5
     assert found.top1_agreement >= 0.995
+    assert found.max_abs_diff <= 5e-3
+
+
+def test_mlx_in_float32_is_the_same_model(judge: Runtime, tmp_path: Path) -> None:
+    pytest.importorskip("mlx.core", reason="mlx is not installed")
+    # Few positions: on the CPU mlx's products are plain loops.
+    found = difference(judge, tmp_path / "mlx", 32, "mlx", dtype="float32")
+    assert found.positions == 32
+    assert found.kl_mean <= 1e-5
     assert found.max_abs_diff <= 5e-3
 
 
