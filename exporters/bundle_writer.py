@@ -151,7 +151,8 @@ def write_bundle(
             not_promised = {KEY_FILE, JOURNAL, *calibration_files}
             manifest["files"] = describe_files(staging, without=not_promised)
             # Not among the files that are checked: its owner may write on it.
-            (staging / CARD_FILE).write_text(model_card(manifest), encoding="utf-8")
+            card = model_card(manifest).encode(errors="backslashreplace")
+            (staging / CARD_FILE).write_bytes(card)
             manifest["seconds"] = round(time.monotonic() - started, 3)
             write_manifest(staging, manifest)
             # Not earlier: what was interrupted until here need not calibrate again.
