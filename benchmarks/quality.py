@@ -50,6 +50,7 @@ Windows = dict[str, list[list[int]]]
 # Flags of `qwen2x export`.
 OURS: dict[str, tuple[str, ...]] = {
     "qwen2x onnx int4 g32": ("--bits", "4", "--group-size", "32"),
+    "qwen2x onnx int4 g32 gptq": ("--bits", "4", "--group-size", "32", "--method", "gptq"),
     "qwen2x onnx int4 g64": ("--bits", "4", "--group-size", "64"),
     "qwen2x onnx int4 g128": ("--bits", "4", "--group-size", "128"),
     "qwen2x onnx int8 g32": ("--bits", "8", "--group-size", "32"),
