@@ -150,7 +150,7 @@ def _refuse_without_bits(bits: str | None) -> None:
 
 
 def _dry_run(source: str, options: Options, revision: str | None, as_json: bool) -> None:
-    from qwen2x.exporters.bundle_writer import estimate_peak_memory, planned_files, scheme_name
+    from qwen2x.exporters.bundle_writer import estimate_peak_memory, planned_files
     from qwen2x.exporters.config import read_config
     from qwen2x.exporters.exporter import plan_export
     from qwen2x.exporters.hub import resolve_source
@@ -159,7 +159,7 @@ def _dry_run(source: str, options: Options, revision: str | None, as_json: bool)
     folder = resolve_source(source, revision=revision, weights=False)
     plan = plan_export(read_config(folder), options)
     files = planned_files(plan)
-    bits, scheme = bits_per_weight(plan.weights), scheme_name(options)
+    bits, scheme = bits_per_weight(plan.weights), plan.bit_plan.name
     context, peak = options.context_of(plan.config), estimate_peak_memory(plan)
     if as_json:
         print_json(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,11 @@ class Bundle:
         return tuple(self.manifest["eos_token_ids"])
 
     @property
+    def bytes(self) -> int:
+        """Bytes on disk of all files that the manifest names."""
+        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return int(self.manifest["weight_bytes"])
@@ -175,13 +181,22 @@ def describe_files(folder: Path, *, without: Collection[str] = ()) -> dict[str, 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Replaces the manifest in one step; also used by ``validate`` to record quality."""
-    temporary = folder / f".{MANIFEST}.new"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / MANIFEST)
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replaces a file in one step, so that it is never there in half."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def sha256_of(path: Path) -> str:

@@ -26,7 +26,7 @@ from qwen2x.exporters.calibration import (
 )
 from qwen2x.exporters.checkpoint import Checkpoint, open_checkpoint
 from qwen2x.exporters.config import Qwen2Config
-from qwen2x.exporters.model_card import model_card
+from qwen2x.exporters.model_card import CARD_FILE, model_card
 from qwen2x.exporters.options import Options, version
 from qwen2x.exporters.staging import KEY_FILE, require_space, stage_folder
 from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES, require_tokenizer_fits
@@ -41,9 +41,9 @@ from qwen2x.exporters.weight_writer import (
 from qwen2x.exporters.weights import DataFile, Weight, bits_per_weight, by_kind
 from qwen2x.quantize.errors import BundleError
 from qwen2x.quantize.groups import QuantizedMatrix
+from qwen2x.quantize.plan import BitPlan
 from qwen2x.quantize.scheme import Scheme
 
-CARD_FILE = "README.md"
 # What Python, NumPy and onnx occupy, and what one worker's chunk needs in all its forms.
 _BASE_MEMORY = 130 << 20
 _WORKERS, _BYTES_PER_CHUNK_ELEMENT = 4, 20
@@ -60,6 +60,11 @@ class Plan(Protocol):
     @property
     def options(self) -> Options:
         """What was chosen."""
+        ...
+
+    @property
+    def bit_plan(self) -> BitPlan:
+        """The scheme of every matrix."""
         ...
 
     @property
@@ -84,11 +89,6 @@ class Plan(Protocol):
     def manifest(self) -> dict[str, Any]:
         """The target's own part of the manifest."""
         ...
-
-
-def scheme_name(options: Options) -> str:
-    """For example ``int4-g32``, or ``float``."""
-    return options.scheme.name if options.scheme else "float"
 
 
 def planned_files(plan: Plan) -> dict[str, int]:
@@ -140,7 +140,7 @@ def write_bundle(
             _keep_only_weights(staging, plan.data_files)
             quantizer = plain_quantizer(checkpoint)
             if calibration is not None:
-                quantizer = _calibrated(checkpoint, calibration, options, staging, on_layer)
+                quantizer = _calibrated(checkpoint, calibration, plan.bit_plan, staging, on_layer)
             write_weights(checkpoint, plan.weights, plan.data_files, staging, progress, quantizer)
             _copy_companions(folder, staging)
             added = plan.write_structure(staging)
@@ -171,16 +171,12 @@ def _calibration(checkpoint: Checkpoint, options: Options) -> Calibration | None
 def _calibrated(
     checkpoint: Checkpoint,
     calibration: Calibration,
-    options: Options,
+    bit_plan: BitPlan,
     staging: Path,
     on_layer: OnLayer,
 ) -> Quantizer:
     """Rounds the layers' matrices now; gives what hands them out, and rounds others plainly."""
-
-    def scheme_of(module: str) -> Scheme | None:
-        return options.scheme_of(module, checkpoint.config)
-
-    matrices = calibrate(checkpoint, calibration, scheme_of, staging, on_layer)
+    matrices = calibrate(checkpoint, calibration, bit_plan.scheme_of, staging, on_layer)
     plain = plain_quantizer(checkpoint)
 
     def quantizer(name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
@@ -242,7 +238,6 @@ def _copy_companions(folder: Path, staging: Path) -> None:
 
 def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
     config, options, rope = plan.config, plan.options, plan.config.rope
-    sensitive = options.sensitive_scheme(config)
     own = plan.manifest()
     return {
         "format_version": FORMAT_VERSION,
@@ -250,12 +245,9 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
         **own,
         "source": source,
         "config": config.raw,
-        "scheme": scheme_name(options),
+        "scheme": plan.bit_plan.name,
         "method": _method(options),
-        "schemes": {
-            "layers": scheme_name(options),
-            "qkv_embedding_head": sensitive.name if sensitive else "float",
-        },
+        "schemes": plan.bit_plan.summary(),
         "parameters": config.parameters,
         "bits_per_weight": round(bits_per_weight(plan.weights), 4),
         "by_kind": by_kind(plan.weights),

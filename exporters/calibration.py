@@ -147,8 +147,14 @@ class CalibratedMatrices:
         with safe_open(self._files[f"{name}.codes"], framework="numpy") as file:
             packed = file.get_slice(f"{name}.codes")[start:stop]
             scales = file.get_slice(f"{name}.scales")[start:stop]
+            zero_points = (
+                None if scheme.is_symmetric else file.get_slice(f"{name}.zero_points")[start:stop]
+            )
         return QuantizedMatrix(
-            codes=unpack_bytes(packed, scheme.bits), scales=scales, scheme=scheme
+            codes=unpack_bytes(packed, scheme.bits),
+            scales=scales,
+            scheme=scheme,
+            zero_points=zero_points,
         )
 
 
@@ -238,6 +244,8 @@ def _stored(matrices: Mapping[str, QuantizedMatrix]) -> dict[str, NDArray[Any]]:
     for name, matrix in matrices.items():
         stored[f"{name}.codes"] = pack_bytes(matrix.codes, matrix.scheme.bits)
         stored[f"{name}.scales"] = matrix.scales
+        if matrix.zero_points is not None:
+            stored[f"{name}.zero_points"] = matrix.zero_points
     return stored
 
 

@@ -13,6 +13,7 @@ from qwen2x.exporters.hub import resolve_source, source_id
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.staging import require_absent
 from qwen2x.exporters.weight_writer import Progress
+from qwen2x.quantize.plan import BitPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +70,19 @@ def export(
     return Export(bundle=Path(out), manifest=manifest)
 
 
-def plan_export(config: Qwen2Config, options: Options) -> Plan:
+def plan_export(config: Qwen2Config, options: Options, bit_plan: BitPlan | None = None) -> Plan:
     """What an export will write, without reading a weight.
+
+    Without ``bit_plan`` matrices have the schemes that the options name.
 
     Raises:
         SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
     """
+    schemes = bit_plan or options.bit_plan(config)
     if options.target == "mlx":
         from qwen2x.exporters.mlx_export import plan_mlx
 
-        return plan_mlx(config, options)
+        return plan_mlx(config, options, schemes)
     from qwen2x.exporters.onnx_export import plan_onnx
 
-    return plan_onnx(config, options)
+    return plan_onnx(config, options, schemes)

@@ -17,7 +17,7 @@ from qwen2x.exporters.mlx_weights import MlxLayout, lay_out
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.weights import FLOAT_TYPES, DataFile, Weight
 from qwen2x.quantize.errors import BackendError
-from qwen2x.quantize.scheme import Scheme
+from qwen2x.quantize.plan import BitPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class MlxPlan:
     options: Options
     config: Qwen2Config
     dtype: str
+    bit_plan: BitPlan
     layout: MlxLayout
 
     @property
@@ -87,7 +88,7 @@ class MlxPlan:
             for weight in self.weights
             if weight.scheme is not None
         }
-        return mlx_config(self.config, self.dtype, self.options.scheme, schemes)
+        return mlx_config(self.config, self.dtype, self.bit_plan.layers, schemes)
 
     def _index(self) -> dict[str, Any]:
         size = sum(weight.bytes for weight in self.weights)
@@ -97,7 +98,7 @@ class MlxPlan:
         }
 
 
-def plan_mlx(config: Qwen2Config, options: Options) -> MlxPlan:
+def plan_mlx(config: Qwen2Config, options: Options, bit_plan: BitPlan) -> MlxPlan:
     """The folder's layout, without reading a weight.
 
     Raises:
@@ -114,12 +115,8 @@ def plan_mlx(config: Qwen2Config, options: Options) -> MlxPlan:
     if dtype not in FLOAT_TYPES:
         raise BackendError(f"no MLX folder for --dtype {dtype}; choose {' or '.join(FLOAT_TYPES)}")
 
-    def scheme_of(module: str) -> Scheme | None:
-        return options.scheme_of(module, config)
-
-    tensors = config.expected_tensors()
-    layout = lay_out(tensors, FLOAT_TYPES[dtype], scheme_of)
-    return MlxPlan(options=options, config=config, dtype=dtype, layout=layout)
+    layout = lay_out(config.expected_tensors(), FLOAT_TYPES[dtype], bit_plan.scheme_of)
+    return MlxPlan(options=options, config=config, dtype=dtype, bit_plan=bit_plan, layout=layout)
 
 
 def _graph_module() -> Any:

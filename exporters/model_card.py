@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from qwen2x.exporters.bundle import write_file
+from qwen2x.exporters.quality_section import quality_section, replace_section
+
+CARD_FILE = "README.md"
 _NAMES = {"onnx": "ONNX Runtime", "mlx": "MLX"}
 _LIBRARIES = {"onnx": "onnx", "mlx": "mlx"}
 _OTHERS = {
@@ -31,6 +36,8 @@ Made of `{source}` by qwen2x {version}.
 | float type | {dtype} |
 | context | {max_context} tokens |
 
+{quality}
+
 ```sh
 qwen2x run . "Hello"
 qwen2x validate . --against {source}
@@ -41,9 +48,9 @@ qwen2x validate . --against {source}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
-    """The text, for a manifest that need not name its files yet."""
+    """The text, for a manifest that names its files."""
     source, target = str(manifest["source"]["id"]), str(manifest["target"])
-    schemes = [f"{kind.replace('_', ' ')} {name}" for kind, name in manifest["schemes"].items()]
+    schemes = [f"{kind} {name}" for kind, name in manifest["schemes"].items()]
     return _CARD.format(
         library=_LIBRARIES[target],
         # Only a hub id is a base model that a hub can link to.
@@ -56,8 +63,20 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         method=manifest["method"],
         dtype=manifest["dtype"],
         max_context=manifest["rope"]["max_context"],
+        quality=quality_section(manifest),
         others=_OTHERS[target],
         notes="".join(
             f"\nNote: {note}; qwen2x follows the checkpoint.\n" for note in manifest["notes"]
         ),
     )
+
+
+def update_card(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the part on quality anew, in one step; a card without that part is let be."""
+    path = folder / CARD_FILE
+    if not path.is_file():
+        return
+    card = path.read_bytes()
+    updated = replace_section(card, manifest)
+    if updated != card:
+        write_file(path, updated)

@@ -17,6 +17,7 @@ from qwen2x.exporters.onnx_target import find_target
 from qwen2x.exporters.onnx_weights import WeightLayout
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.weights import DataFile, Weight
+from qwen2x.quantize.plan import BitPlan
 
 GRAPH_FILE = "model.onnx"
 
@@ -34,6 +35,11 @@ class OnnxPlan:
     def config(self) -> Qwen2Config:
         """See ``Plan``."""
         return self.recipe.config
+
+    @property
+    def bit_plan(self) -> BitPlan:
+        """See ``Plan``."""
+        return self.recipe.bit_plan
 
     @property
     def weights(self) -> Sequence[Weight]:
@@ -75,18 +81,17 @@ class OnnxPlan:
         }
 
 
-def plan_onnx(config: Qwen2Config, options: Options) -> OnnxPlan:
+def plan_onnx(config: Qwen2Config, options: Options, bit_plan: BitPlan) -> OnnxPlan:
     """The graph and its data file's layout, without reading a weight.
 
     Raises:
         SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
     """
-    scheme = options.scheme
+    is_quantized = options.bits is not None
     recipe = Recipe(
         config=config,
-        target=find_target(options.device or "cpu", options.dtype, is_quantized=scheme is not None),
-        scheme=scheme,
-        sensitive_scheme=options.sensitive_scheme(config),
+        target=find_target(options.device or "cpu", options.dtype, is_quantized=is_quantized),
+        bit_plan=bit_plan,
         max_context=options.context_of(config),
     )
     model, layout = build_graph(recipe)

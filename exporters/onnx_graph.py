@@ -27,7 +27,7 @@ from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
 from qwen2x.exporters.onnx_target import Target
 from qwen2x.exporters.onnx_weights import WeightLayout
 from qwen2x.exporters.weights import Weight
-from qwen2x.quantize.scheme import Scheme
+from qwen2x.quantize.plan import BitPlan
 
 KEPT = "kept"
 _TO_END = int(np.iinfo(np.int64).max)
@@ -37,15 +37,13 @@ _TO_END = int(np.iinfo(np.int64).max)
 class Recipe:
     """Everything that decides a graph.
 
-    ``scheme`` is for the layers' matrices, ``sensitive_scheme`` for those that lose most by
-    rounding: q, k and v of every layer, embedding and head. None is float.
-    ``max_context`` is the number of positions that the rotary table covers.
+    ``bit_plan`` gives every matrix its scheme. ``max_context`` is the number of positions that the
+    rotary table covers.
     """
 
     config: Qwen2Config
     target: Target
-    scheme: Scheme | None
-    sensitive_scheme: Scheme | None
+    bit_plan: BitPlan
     max_context: int
 
 
@@ -108,9 +106,7 @@ class _Decoder:
             leading = (B, KEPT)
         place = f"/model/layers.{layer}/self_attn/o_proj"
         parts = [("self_attn.o_proj", config.hidden_size)]
-        weight = self._matrix(
-            layer, "self_attn.o_proj", parts, config.query_size, self.recipe.scheme
-        )
+        weight = self._matrix(layer, "self_attn.o_proj", parts, config.query_size)
         x = self._linear(place, x, weight, leading)
         norm = f"model.layers.{layer}.post_attention_layernorm"
         normed, residual = self._add_and_norm(norm, x, residual, leading)
@@ -125,8 +121,7 @@ class _Decoder:
             ("self_attn.k_proj", config.key_value_size),
             ("self_attn.v_proj", config.key_value_size),
         ]
-        scheme = self.recipe.sensitive_scheme
-        weight = self._matrix(layer, "self_attn.qkv_proj", parts, config.hidden_size, scheme)
+        weight = self._matrix(layer, "self_attn.qkv_proj", parts, config.hidden_size)
         bias = self._bias(layer, "self_attn.qkv_proj", parts)
         place = f"/model/layers.{layer}/self_attn/qkv_proj"
         packed = self._linear(place, normed, weight, (B, S), bias)
@@ -136,8 +131,8 @@ class _Decoder:
         graph, inner = self.graph, self.config.intermediate_size
         place = f"/model/layers.{layer}/mlp"
         parts = [("mlp.gate_proj", inner), ("mlp.up_proj", inner)]
-        hidden, scheme = self.config.hidden_size, self.recipe.scheme
-        weight = self._matrix(layer, "mlp.gate_up_proj", parts, hidden, scheme)
+        hidden = self.config.hidden_size
+        weight = self._matrix(layer, "mlp.gate_up_proj", parts, hidden)
         both = self._linear(f"{place}/gate_up_proj", x, weight, leading)
         shape: Shape = (*leading, inner)
         gate, up = f"{place}/gate/output_0", f"{place}/up/output_0"
@@ -147,7 +142,7 @@ class _Decoder:
         sigmoid = graph.op(f"{place}/act/Sigmoid", [gate], self.float, shape)
         silu = graph.op(f"{place}/act/Mul", [gate, sigmoid], self.float, shape)
         x = graph.op(f"{place}/Mul", [silu, up], self.float, shape)
-        weight = self._matrix(layer, "mlp.down_proj", [("mlp.down_proj", hidden)], inner, scheme)
+        weight = self._matrix(layer, "mlp.down_proj", [("mlp.down_proj", hidden)], inner)
         return self._linear(f"{place}/down_proj", x, weight, leading)
 
     # Weights
@@ -155,21 +150,17 @@ class _Decoder:
     def _table(self, name: str) -> Weight:
         source = f"{name}.weight"
         sources = [(source, self.config.vocab_size)]
-        columns, scheme = self.config.hidden_size, self.recipe.sensitive_scheme
-        return self.layout.matrix(source, sources, columns, self.float, scheme)
+        scheme = self.recipe.bit_plan.scheme_of(name)
+        return self.layout.matrix(source, sources, self.config.hidden_size, self.float, scheme)
 
     def _matrix(
-        self,
-        layer: int,
-        name: str,
-        modules: list[tuple[str, int]],
-        columns: int,
-        scheme: Scheme | None,
+        self, layer: int, name: str, modules: list[tuple[str, int]], columns: int
     ) -> Weight:
-        prefix = f"model.layers.{layer}"
-        sources = [(f"{prefix}.{module}.weight", rows) for module, rows in modules]
-        name = f"{prefix}.{name}.weight"
-        return self.layout.matrix(name, sources, columns, self.float, scheme)
+        """A unit of the plan: modules one below the other."""
+        unit = f"model.layers.{layer}.{name}"
+        sources = [(f"model.layers.{layer}.{module}.weight", rows) for module, rows in modules]
+        scheme = self.recipe.bit_plan.scheme_of(unit)
+        return self.layout.matrix(f"{unit}.weight", sources, columns, self.float, scheme)
 
     def _bias(self, layer: int, name: str, modules: list[tuple[str, int]]) -> str:
         prefix = f"model.layers.{layer}"
@@ -194,7 +185,7 @@ class _Decoder:
         codes = graph.external(f"{table.name}_table", table.values, flat)
         return graph.op(
             f"{place}/GatherBlockQuantized",
-            [codes, "input_ids", self._scales(table)],
+            [codes, "input_ids", self._scales(table), *self._zero_points(table)],
             self.float,
             shape,
             domain=MICROSOFT,
@@ -218,10 +209,13 @@ class _Decoder:
     def _quantized_matmul(self, place: str, x: str, weight: Weight, shape: Shape, bias: str) -> str:
         assert weight.scheme is not None
         codes = self.graph.external(f"{weight.name}_codes", weight.values)
-        scales = self._scales(weight)
+        zero_points = self._zero_points(weight)
+        inputs = [x, codes, self._scales(weight), *zero_points]
+        if bias:
+            inputs += [*([] if zero_points else [""]), "", bias]
         return self.graph.op(
             f"{place}/MatMulNBits",
-            [x, codes, scales, *(["", "", bias] if bias else [])],
+            inputs,
             self.float,
             shape,
             domain=MICROSOFT,
@@ -243,6 +237,12 @@ class _Decoder:
             shape: Shape = weight.scales.shape
             self.cast_scales[name] = self.graph.op(place, [name], self.float, shape, to=self.float)
         return self.cast_scales[name]
+
+    def _zero_points(self, weight: Weight) -> list[str]:
+        """One name, or none for symmetric groups."""
+        if weight.zero_points is None:
+            return []
+        return [self.graph.external(f"{weight.name}_zero_points", weight.zero_points)]
 
     def _float_matmul(self, place: str, x: str, weight: Weight, shape: Shape) -> str:
         graph = self.graph

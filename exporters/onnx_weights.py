@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from qwen2x.exporters.onnx_target import NUMPY_TYPES
 from qwen2x.exporters.weights import DataFile, Region, Weight
-from qwen2x.quantize.packing import matmul_nbits_shape
+from qwen2x.quantize.packing import matmul_nbits_shape, zero_points_shape
 from qwen2x.quantize.scheme import Scheme
 
 DATA_FILE = "model.onnx_data"
@@ -20,7 +20,7 @@ _SCALE_TYPES = {TensorProto.FLOAT: NUMPY_TYPES[TensorProto.BFLOAT16]}
 
 @dataclass
 class WeightLayout:
-    """Hands out regions of the data file in order of asking. Quantized: name + _codes, _scales."""
+    """Hands out regions of the data file in order of asking."""
 
     end: int = 0
     weights: list[Weight] = field(default_factory=list)
@@ -68,8 +68,14 @@ class WeightLayout:
                 values=self._region(np.uint8, shape),
                 scheme=scheme,
                 scales=self._region(_SCALE_TYPES.get(element_type, float_type), shape[:2]),
+                zero_points=self._zero_points(rows, columns, scheme),
             )
         )
+
+    def _zero_points(self, rows: int, columns: int, scheme: Scheme) -> Region | None:
+        if scheme.is_symmetric:
+            return None
+        return self._region(np.uint8, zero_points_shape(rows, columns, scheme))
 
     def _add(self, weight: Weight) -> Weight:
         self.weights.append(weight)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.quantize.errors import BackendError, ConfigError, SchemeError
+from qwen2x.quantize.plan import BitPlan, units_of
 from qwen2x.quantize.scheme import Scheme
 
 TARGETS = ("onnx", "mlx")
@@ -16,8 +17,8 @@ DEFAULT_GROUP_SIZE = 32
 # auto is the best that there is: today rounding to scales of least squared error.
 METHODS = ("auto", "rtn", "gptq")
 
-# What loses most by rounding, by the end of its module path.
-_SENSITIVE = ("q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head")
+# What loses most by rounding, by the end of its path.
+_SENSITIVE = ("qkv_proj", "embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,17 @@ class Options:
         """Whether rounding is fitted to a text."""
         return self.bits is not None and self.method == "gptq"
 
-    def scheme_of(self, module: str, config: Qwen2Config) -> Scheme | None:
-        """A matrix's scheme by its module path, such as ``model.layers.0.mlp.up_proj``."""
-        return self.sensitive_scheme(config) if module.endswith(_SENSITIVE) else self.scheme
+    def bit_plan(self, config: Qwen2Config) -> BitPlan:
+        """The scheme of every matrix, as far as no measurement decides."""
+        units = units_of(config.num_hidden_layers, is_tied=config.is_tied)
+        sensitive = self._sensitive_scheme(config)
+        return BitPlan(
+            schemes={
+                unit: sensitive if unit.endswith(_SENSITIVE) else self.scheme for unit in units
+            }
+        )
 
-    def sensitive_scheme(self, config: Qwen2Config) -> Scheme | None:
+    def _sensitive_scheme(self, config: Qwen2Config) -> Scheme | None:
         """8 bits for what loses most by rounding: q, k, v, embedding and head.
 
         With 4 bits there, the 0.5B checkpoint's divergence from PyTorch is nearly twice as large,

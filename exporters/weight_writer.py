@@ -21,7 +21,7 @@ from qwen2x.exporters.checkpoint import Checkpoint
 from qwen2x.exporters.weights import DataFile, Region, Weight
 from qwen2x.quantize.errors import CheckpointError
 from qwen2x.quantize.groups import QuantizedMatrix, quantize
-from qwen2x.quantize.packing import pack_bytes
+from qwen2x.quantize.packing import pack_bytes, pack_zero_points
 from qwen2x.quantize.scheme import Scheme
 
 Progress = Callable[[int, int], None]
@@ -160,11 +160,18 @@ def _write_quantized(chunk: _Chunk, matrix: QuantizedMatrix, files: _DataFiles) 
     if not np.array_equal(scales.astype(np.float32), matrix.scales):
         _require_close(scales, matrix.scales, chunk.source)
     files.write(weight.scales, chunk.row, scales)
+    if weight.zero_points is not None:
+        assert matrix.zero_points is not None
+        packed = pack_zero_points(matrix.zero_points, matrix.scheme.bits)
+        files.write(weight.zero_points, chunk.row, packed)
     if weight.biases is not None:
-        # Of the stored scale, so that both say the same; the zero point is a power of two, which
-        # changes the exponent alone.
+        # Of the stored scale, so that both say the same. A symmetric scheme's zero point is a power
+        # of two, which changes the exponent alone; others are rounded, by under 1/30 of a code.
+        zero_points = matrix.zero_points
+        if zero_points is None:
+            zero_points = np.array(matrix.scheme.zero_point)
         with np.errstate(over="ignore"):
-            biases = scales * scales.dtype.type(-matrix.scheme.zero_point)
+            biases = (scales * -zero_points.astype(np.float32)).astype(scales.dtype)
         if biases.dtype == np.float16 and not np.isfinite(biases).all():
             largest = np.abs(matrix.scales).max() * matrix.scheme.zero_point
             raise CheckpointError(

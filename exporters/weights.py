@@ -63,6 +63,7 @@ class Weight:
         values: where the floats, or the packed codes, lie.
         scales: where the scales lie; with ``scheme`` only.
         biases: where minus zero point times scale lies, for targets that store it.
+        zero_points: where they lie packed, for targets that store them and groups that have them.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Weight:
     scheme: Scheme | None = None
     scales: Region | None = None
     biases: Region | None = None
+    zero_points: Region | None = None
 
     @property
     def rows(self) -> int:
@@ -81,7 +83,7 @@ class Weight:
     @property
     def bytes(self) -> int:
         """Stored bytes, scales included."""
-        regions = (self.values, self.scales, self.biases)
+        regions = (self.values, self.scales, self.biases, self.zero_points)
         return sum(region.bytes for region in regions if region is not None)
 
 

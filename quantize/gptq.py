@@ -12,12 +12,12 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
-from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from qwen2x.quantize.errors import CheckpointError
 from qwen2x.quantize.groups import Codes, Float, QuantizedMatrix, require_within_range
 from qwen2x.quantize.scheme import Scheme
+from qwen2x.quantize.search import Grid, search_grid
 
 Double = NDArray[np.float64]
 
@@ -31,9 +31,6 @@ _MOST_DAMPING = 1.0
 _BLOCK = 32
 # Up to this size LAPACK factors and inverts, larger matrices by products of their parts.
 _SMALL_TRIANGLE = 128
-# Where trials place a group's largest weight, in codes from zero, as shares of the far end.
-_REACHES = {4: np.arange(0.80, 1.42, 0.04), 8: np.arange(0.97, 1.04, 0.01)}
-_SMALLEST = 2.0**-56
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,73 +80,56 @@ def round_compensated(weights: Float, moments: Moments, scheme: Scheme) -> Quant
     require_within_range(weights, np.abs(weights).max(initial=0))
     rows, columns = weights.shape
     order, factor = moments.order, moments.factor
-    scales = search_scales(weights, moments.importance, scheme)
+    grid = search_grid(weights, moments.importance, scheme)
+    group_of = order // scheme.group_size
     left = np.ascontiguousarray(weights.T[order])
-    of_column = np.ascontiguousarray(np.repeat(scales.T, scheme.group_size, axis=0)[order])
     codes = np.empty((columns, rows), np.uint8)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         block = slice(start, stop)
-        errors = _round_block(
-            left[block], of_column[block], factor[block, block], scheme, codes[block]
-        )
+        part = _Columns(grid, group_of[block], scheme)
+        errors = _round_block(left[block], part, factor[block, block], codes[block])
         left[stop:] -= factor[block, stop:].T @ errors
     unordered = np.empty_like(codes)
     unordered[order] = codes
-    return QuantizedMatrix(codes=np.ascontiguousarray(unordered.T), scales=scales, scheme=scheme)
+    zero_points = grid.zero_points
+    return QuantizedMatrix(
+        codes=np.ascontiguousarray(unordered.T),
+        scales=grid.scales,
+        scheme=scheme,
+        zero_points=None if zero_points is None else zero_points.astype(np.uint8),
+    )
 
 
-def search_scales(weights: Float, importance: Float, scheme: Scheme) -> Float:
-    """Scales float32 [rows, groups], bfloat16 numbers, of least importance-weighted squared error.
+class _Columns:
+    """Of some columns [block] their scales and codes' ends, each [block, rows] or one number."""
 
-    Args:
-        weights: float32 [rows, columns].
-        importance: float32 [columns], not negative.
-        scheme: bits and group size.
-    """
-    rows, columns = weights.shape
-    groups = columns // scheme.group_size
-    grouped = weights.reshape(rows, groups, scheme.group_size)
-    # A column that no input touched still has a say, however small.
-    weight_of = importance.reshape(groups, scheme.group_size)
-    weight_of = weight_of / np.maximum(weight_of.mean(axis=1, keepdims=True), _SMALLEST) + 1e-3
-    highest, lowest = grouped.max(axis=2), grouped.min(axis=2)
-    extreme = np.where(highest > -lowest, highest, lowest)
-    is_zero = np.abs(extreme) < _SMALLEST
-    safe = np.where(is_zero, np.float32(1), extreme)
-    best_gain = np.full(extreme.shape, -1, np.float32)
-    best = np.zeros_like(extreme)
-    end = scheme.zero_point
-    for share in _REACHES[scheme.bits]:
-        inverse = (-share * end / safe).astype(np.float32)
-        rounded = np.rint(grouped * inverse[:, :, None])
-        np.clip(rounded, -end, end - 1, out=rounded)
-        weighted = rounded * weight_of
-        product = np.einsum("rgi,rgi->rg", weighted, grouped)
-        square = np.einsum("rgi,rgi->rg", weighted, rounded)
-        scale = product / np.maximum(square, _SMALLEST)
-        gain = product * scale
-        better = gain > best_gain
-        best_gain = np.where(better, gain, best_gain)
-        best = np.where(better, scale, best)
-    best[is_zero] = 0
-    scales: Float = best.astype(bfloat16).astype(np.float32)
-    return scales
+    def __init__(self, grid: Grid, group_of: NDArray[np.int64], scheme: Scheme) -> None:
+        self.scales = np.ascontiguousarray(grid.scales.T[group_of])
+        self.inverse = np.divide(
+            1, self.scales, out=np.zeros_like(self.scales), where=self.scales != 0
+        )
+        zero_points = (
+            np.full((1, 1), scheme.zero_point, np.float32)
+            if grid.zero_points is None
+            else grid.zero_points.T[group_of]
+        )
+        self.zero_points = np.broadcast_to(zero_points, self.scales.shape)
+        self.lowest = -self.zero_points
+        self.highest = scheme.max_code - self.zero_points
 
 
-def _round_block(left: Float, scales: Float, factor: Float, scheme: Scheme, codes: Codes) -> Float:
+def _round_block(left: Float, columns: _Columns, factor: Float, codes: Codes) -> Float:
     """Rounds columns [block, rows], spreading errors in the block; gives errors [block, rows].
 
     ``left`` is changed, ``codes`` is filled.
     """
-    end = scheme.zero_point
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     errors = np.empty_like(left)
     for index in range(len(left)):
-        rounded = np.rint(left[index] * inverse[index])
-        np.clip(rounded, -end, end - 1, out=rounded)
-        codes[index] = (rounded + end).astype(np.uint8)
-        errors[index] = (left[index] - rounded * scales[index]) / factor[index, index]
+        rounded = np.rint(left[index] * columns.inverse[index])
+        np.clip(rounded, columns.lowest[index], columns.highest[index], out=rounded)
+        codes[index] = (rounded + columns.zero_points[index]).astype(np.uint8)
+        errors[index] = (left[index] - rounded * columns.scales[index]) / factor[index, index]
         left[index + 1 :] -= factor[index, index + 1 :, None] * errors[index]
     return errors
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from qwen2x.quantize.errors import SchemeError
 from qwen2x.quantize.scheme import Scheme
+from qwen2x.quantize.search import search_grid
 
 Float = NDArray[np.float32]
 Codes = NDArray[np.uint8]
@@ -42,11 +43,15 @@ _SMALLEST, _LARGEST = 2.0**-56, 2.0**48
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedMatrix:
-    """Rows of a matrix as codes uint8 [rows, columns] and scales float32 [rows, groups]."""
+    """Rows of a matrix as codes uint8 [rows, columns] and scales float32 [rows, groups].
+
+    ``zero_points`` are uint8 [rows, groups], where the scheme is not symmetric.
+    """
 
     codes: Codes
     scales: Float
     scheme: Scheme
+    zero_points: Codes | None = None
 
 
 def quantize(values: Float, scheme: Scheme) -> QuantizedMatrix:
@@ -59,6 +64,8 @@ def quantize(values: Float, scheme: Scheme) -> QuantizedMatrix:
     Raises:
         SchemeError: weights that are too large to be weights.
     """
+    if not scheme.is_symmetric:
+        return _quantize_asymmetric(values, scheme)
     rows, columns = values.shape
     groups = columns // scheme.group_size
     grouped = values.reshape(rows * groups, scheme.group_size)
@@ -86,9 +93,31 @@ def require_within_range(weights: Float, largest: float) -> None:
 def dequantize(matrix: QuantizedMatrix) -> Float:
     """Float32 [rows, columns]: scale * (code - zero point)."""
     rows, groups = matrix.scales.shape
-    centred = matrix.codes.astype(np.float32) - np.float32(matrix.scheme.zero_point)
-    grouped = centred.reshape(rows, groups, -1) * matrix.scales[:, :, None]
+    grouped = matrix.codes.reshape(rows, groups, -1).astype(np.float32)
+    if matrix.zero_points is None:
+        grouped -= np.float32(matrix.scheme.zero_point)
+    else:
+        grouped -= matrix.zero_points[:, :, None]
+    grouped *= matrix.scales[:, :, None]
     return grouped.reshape(matrix.codes.shape)
+
+
+def _quantize_asymmetric(values: Float, scheme: Scheme) -> QuantizedMatrix:
+    """As ``quantize``, with a zero point for each group."""
+    require_within_range(values, np.abs(values).max(initial=0))
+    rows, columns = values.shape
+    grid = search_grid(values, np.ones(columns, np.float32), scheme)
+    assert grid.zero_points is not None
+    grouped = values.reshape(*grid.scales.shape, scheme.group_size)
+    inverse = np.divide(1, grid.scales, out=np.zeros_like(grid.scales), where=grid.scales != 0)
+    codes = np.rint(grouped * inverse[:, :, None]) + grid.zero_points[:, :, None]
+    np.clip(codes, 0, scheme.max_code, out=codes)
+    return QuantizedMatrix(
+        codes=codes.astype(np.uint8).reshape(rows, columns),
+        scales=grid.scales,
+        scheme=scheme,
+        zero_points=grid.zero_points.astype(np.uint8),
+    )
 
 
 def _quantize_block(grouped: Float, scheme: Scheme) -> tuple[Float, Codes]:

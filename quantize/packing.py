@@ -36,6 +36,22 @@ def unpack_bytes(packed: NDArray[np.uint8], bits: int) -> Codes:
     return codes
 
 
+def pack_zero_points(zero_points: Codes, bits: int) -> NDArray[np.uint8]:
+    """Bytes uint8 [rows, ceil(groups*bits/8)], each row's last half filled up with 0."""
+    padding = zero_points.shape[1] * bits % 8 // bits
+    return pack_bytes(np.pad(zero_points, ((0, 0), (0, padding))), bits)
+
+
+def unpack_zero_points(packed: NDArray[np.uint8], groups: int, bits: int) -> Codes:
+    """The inverse of ``pack_zero_points``."""
+    return unpack_bytes(packed, bits)[:, :groups]
+
+
+def zero_points_shape(rows: int, columns: int, scheme: Scheme) -> tuple[int, int]:
+    """The shape of MatMulNBits' input zero_points."""
+    return rows, -(-(columns // scheme.group_size) * scheme.bits // 8)
+
+
 def matmul_nbits_shape(rows: int, columns: int, scheme: Scheme) -> tuple[int, int, int]:
     """The shape of MatMulNBits' input B: [rows, groups, bytes per group]."""
     return rows, columns // scheme.group_size, scheme.group_size * scheme.bits // 8

@@ -12,15 +12,17 @@ GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """Symmetric integer codes that share one scale per group along the input dimension.
+    """Integer codes that share one scale per group along the input dimension.
 
-    A weight is ``scale * (code - zero_point)`` with codes in ``0 .. 2**bits - 1`` and the constant
-    zero point ``2**(bits - 1)``. Scales are bfloat16 numbers, whatever type a target stores them
-    in, so that no target rounds them and all targets hold the same integers.
+    A weight is ``scale * (code - zero_point)`` with codes in ``0 .. 2**bits - 1``. The zero point
+    is ``2**(bits - 1)`` for all groups, or where ``is_symmetric`` is false a code of each group's
+    own. Scales are bfloat16 numbers, whatever type a target stores them in, so that no target
+    rounds them and all targets hold the same integers.
     """
 
     bits: int
     group_size: int
+    is_symmetric: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -32,7 +34,7 @@ class Scheme:
 
     @property
     def zero_point(self) -> int:
-        """The code that stands for 0."""
+        """The code that stands for 0 in symmetric groups."""
         return 1 << (self.bits - 1)
 
     @property
@@ -42,8 +44,14 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """For example ``int4-g32``."""
-        return f"int{self.bits}-g{self.group_size}"
+        """For example ``int4-g32``, or ``int4-g32-zp`` with a zero point for each group."""
+        return f"int{self.bits}-g{self.group_size}" + ("" if self.is_symmetric else "-zp")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of codes, 16-bit scales and zero points."""
+        own = 16 if self.is_symmetric else 16 + self.bits
+        return self.bits + own / self.group_size
 
     def require_divides(self, columns: int, matrix: str) -> None:
         """Raises SchemeError when the groups do not tile the matrix's input dimension."""

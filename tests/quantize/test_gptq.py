@@ -15,10 +15,10 @@ from qwen2x.quantize.gptq import (
     Moments,
     gather_moments,
     round_compensated,
-    search_scales,
 )
 from qwen2x.quantize.groups import QuantizedMatrix, dequantize, quantize
 from qwen2x.quantize.scheme import Scheme
+from qwen2x.quantize.search import search_grid
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -299,7 +299,7 @@ def test_scales_lose_no_more_of_what_is_important_than_plain_ones(scheme: Scheme
         restored = np.clip(np.rint(weight / of_column), low, high) * of_column
         return float((importance * np.square(weight - restored)).sum())
 
-    scales = search_scales(weight, importance, scheme)
+    scales = search_grid(weight, importance, scheme).scales
     assert lost(scales) <= WEIGHTED_SCALES[scheme.bits] * lost(quantize(weight, scheme).scales)
 
 
@@ -307,7 +307,7 @@ def test_a_weight_alone_in_its_group_is_met_whatever_its_importance() -> None:
     weight = np.zeros((2, 64), np.float32)
     weight[0, 5], weight[1, 40] = 0.75, -1.5
     for importance in (np.zeros(64, np.float32), np.ones(64, np.float32)):
-        scales = search_scales(weight, importance, INT4)
+        scales = search_grid(weight, importance, INT4).scales
         steps = np.rint(weight / np.where(scales == 0, 1, scales).repeat(32, axis=1))
         restored = steps.clip(-8, 7) * scales.repeat(32, axis=1)
         # A scale has eight bits.

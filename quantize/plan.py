@@ -1,0 +1,85 @@
+"""Which matrix gets which scheme.
+
+Matrices that an ONNX graph multiplies at once (q, k and v; gate and up) are one unit with one
+scheme, and so is a tied embedding with its head.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qwen2x.quantize.scheme import Scheme
+
+# Unit to modules, by their paths within a layer.
+LAYER_UNITS: Mapping[str, tuple[str, ...]] = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_UNIT_OF = {module: unit for unit, modules in LAYER_UNITS.items() for module in modules}
+
+
+def unit_of(module: str) -> str:
+    """The unit's path: ``model.layers.3.mlp.gate_up_proj`` for ``model.layers.3.mlp.up_proj``."""
+    for path, unit in _UNIT_OF.items():
+        if module.endswith(path):
+            return module.removesuffix(path) + unit
+    return module
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitPlan:
+    """A scheme for every unit.
+
+    Attributes:
+        schemes: by unit path; None is float. A tied head goes with ``model.embed_tokens``.
+        is_mixed: whether units of one kind may differ, as measurements said.
+    """
+
+    schemes: Mapping[str, Scheme | None]
+    is_mixed: bool = False
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """Of a matrix, by its module path or its unit's."""
+        return self.schemes[unit_of(module)]
+
+    @property
+    def layers(self) -> Scheme | None:
+        """The scheme of most units within layers."""
+        inner = [scheme for unit, scheme in self.schemes.items() if ".layers." in unit]
+        return Counter(inner).most_common(1)[0][0]
+
+    @property
+    def name(self) -> str:
+        """``float``, ``int4-g32``, or ``int4-g32-mixed`` where other schemes stand beside it."""
+        layers = self.layers
+        if layers is None:
+            return "float"
+        return f"{layers.name}-mixed" if self.is_mixed else layers.name
+
+    def to_json(self) -> dict[str, str]:
+        """Scheme names by unit path."""
+        return {unit: scheme.name if scheme else "float" for unit, scheme in self.schemes.items()}
+
+    def summary(self) -> dict[str, str]:
+        """Scheme names by kind of unit; with the number of layers where they differ."""
+        kinds: dict[str, Counter[str]] = {}
+        for unit, name in self.to_json().items():
+            kinds.setdefault(unit.rsplit(".", 1)[-1], Counter())[name] += 1
+        return {kind: _counted(names) for kind, names in kinds.items()}
+
+
+def _counted(names: Counter[str]) -> str:
+    if len(names) == 1:
+        return next(iter(names))
+    return ", ".join(f"{name} ({count} layers)" for name, count in names.most_common())
+
+
+def units_of(layers: int, *, is_tied: bool) -> list[str]:
+    """Unit paths of a model, in the order of its forward pass."""
+    inner = [f"model.layers.{layer}.{unit}" for layer in range(layers) for unit in LAYER_UNITS]
+    return [EMBEDDING, *inner, *([] if is_tied else [HEAD])]
