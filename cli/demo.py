@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from qwen2x.cli.judging import Judge, Wish, judge_bundle
+from qwen2x.cli.judge import Judge
+from qwen2x.cli.judging import Wish, judge_bundle
 from qwen2x.cli.output import log, size_text
 from qwen2x.cli.run import timings_of
 from qwen2x.cli.validate import print_report
@@ -84,7 +85,8 @@ def _visit(stop: Stop, examples: Path, folder: Path) -> bool:
     click.echo(f"  {size_text(size)}, {done.manifest['bits_per_weight']:.2f} bits per weight")
     click.echo(f"$ qwen2x validate {folder} --against {source} --text {sample}")
     judge = Judge(name=str(source), folder=source)
-    report = judge_bundle(folder, judge, Wish(text=sample.read_text(encoding="utf-8"))).report
+    wish = Wish(text=sample.read_text(encoding="utf-8"), text_name=SAMPLE)
+    report = judge_bundle(folder, judge, wish).report
     print_report(folder, report)
     click.echo(f'$ qwen2x run {folder} --raw "{PROMPT}" --max-tokens 60 --seed 1')
     _write(folder)

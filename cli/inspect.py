@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qwen2x.cli.options import json_option
-from qwen2x.cli.output import print_json, print_table, size_text
+from qwen2x.cli.output import figure_text, print_json, print_table, size_text
 from qwen2x.quantize.errors import RequestError
 
 
@@ -105,7 +105,7 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> dict[str, Any]:
     return {
         "kind": "bundle",
         "architecture": "Qwen2ForCausalLM",
-        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "bytes": bundle.bytes,
         **{key: manifest[key] for key in keys},
         "graph": manifest.get("graph"),
         "quantization": manifest.get("quantization"),
@@ -200,10 +200,25 @@ def _graph_text(facts: dict[str, Any]) -> str:
 
 
 def _quality_text(quality: dict[str, Any]) -> str:
-    if not quality:
+    """One line; older bundles recorded no text."""
+    if "kl_mean" not in quality and "estimate" in quality:
+        return f"estimated while exporting: {_figures_text(quality['estimate'])}"
+    if "kl_mean" not in quality:
         return "not validated yet: qwen2x validate"
-    kl_mean = quality["kl_mean"]
-    return f"{quality['verdict']}, KL " + ("not finite" if kl_mean is None else f"{kl_mean:.3g}")
+    text = quality.get("text")
+    read = f", on {text['tokens']} tokens of {text['name']} text" if text else ""
+    return f"{quality['verdict']}, {_figures_text(quality)}{read}"
+
+
+def _figures_text(found: dict[str, Any]) -> str:
+    text = (
+        f"KL {figure_text(found.get('kl_mean'))} (p99 {figure_text(found.get('kl_p99'))}), same "
+        f"top token {figure_text(found.get('top1_agreement'), '.1%')}"
+    )
+    if "perplexity" not in found:
+        return text
+    original = figure_text(found.get("perplexity_reference"), ".2f")
+    return f"{text}, perplexity {figure_text(found['perplexity'], '.2f')} (original {original})"
 
 
 def _names(names: list[str]) -> str:

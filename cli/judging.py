@@ -1,4 +1,4 @@
-"""Bundles against their judge: a checkpoint in PyTorch, or another bundle."""
+"""Bundles against their judge, in full: the figures of ``validate`` and its further checks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2x.cli.options import open_source
-from qwen2x.cli.output import finite, log
+from qwen2x.cli.judge import Judge, device_for
+from qwen2x.cli.output import log
+from qwen2x.cli.reading import BUILT_IN_NAME, Reading, WorstPlace
+from qwen2x.cli.recording import record
 from qwen2x.quantize.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     from qwen2x.exporters.bundle import Bundle
     from qwen2x.runtimes.layers import LayerDifference
     from qwen2x.runtimes.runtime import Runtime
-    from qwen2x.runtimes.tolerance import Tolerance
     from qwen2x.runtimes.validate import Report
 
 BUILT_IN_TEXT = "validation_text.txt"
@@ -27,118 +28,81 @@ Tokens = list[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
-    """Whom a bundle is compared with. ``bundle`` is None for a checkpoint, which PyTorch runs."""
-
-    name: str
-    folder: Path
-    bundle: Bundle | None = None
-
-    def open(self, device: str, threads: int | None) -> Runtime:
-        """Its runtime; PyTorch's is on the CPU in float32, wherever the bundle runs."""
-        from qwen2x.runtimes.runtime import open_runtime
-
-        if self.bundle is None:
-            return open_runtime(self.folder, backend="torch", device="cpu", threads=threads)
-        return open_runtime(self.folder, device=_device_for(self.bundle, device), threads=threads)
-
-    def tolerance(self, candidate: Bundle) -> Tolerance:
-        """What may lie between it and a candidate."""
-        from qwen2x.runtimes.tolerance import tolerance_between, tolerance_for
-
-        ours = candidate.scheme, candidate.dtype
-        if self.bundle is None:
-            return tolerance_for(*ours)
-        theirs = self.bundle.scheme, self.bundle.dtype
-        both = candidate.is_ours and self.bundle.is_ours
-        return tolerance_between(ours, theirs, same_integers=both)
-
-    def changed_files(self, candidate: Bundle) -> list[str]:
-        """Files that the candidate was made of, and that the judge is not, or is not made of."""
-        from qwen2x.exporters.bundle import changed_source_files
-
-        if self.bundle is None:
-            return changed_source_files(candidate, self.folder)
-        theirs = self.bundle.manifest["source"]["sha256"]
-        ours = candidate.manifest["source"]["sha256"]
-        # A folder of another program does not say what it was made of.
-        return [name for name in ours if theirs and theirs.get(name) != ours[name]]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Wish:
-    """How bundles are to be compared."""
+    """How bundles are to be compared.
+
+    ``wants_layers`` refuses a runtime that shows none, ``wants_page`` leaves them out there.
+    """
 
     text: str
+    text_name: str = BUILT_IN_NAME
     tokens: int = 1024
     window: int = 512
     device: str = "auto"
     threads: int | None = None
     wants_layers: bool = False
+    wants_page: bool = False
     graph: bool = False
     kv_bits: str | None = None
     on_step: Callable[[str], None] = field(default=lambda step: None)
+
+    def read(self, token_ids: Sequence[int], max_context: int) -> Reading:
+        """What of a text is compared.
+
+        Raises:
+            RequestError: values out of range, or a text that is too short to compare anything.
+        """
+        from qwen2x.runtimes.compare import windows_of
+
+        window = min(self.window, max_context)
+        windows = windows_of(token_ids, self.tokens, window)
+        return Reading(name=self.text_name, window=window, windows=windows)
+
+    def open(self, bundle: Bundle) -> Runtime:
+        """The runtime of a bundle that is to be compared."""
+        from qwen2x.runtimes.runtime import open_runtime
+
+        return open_runtime(
+            bundle.folder,
+            device=device_for(bundle, self.device),
+            threads=self.threads,
+            graph=self.graph,
+            kv_bits=int(self.kv_bits) if self.kv_bits else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
     """One bundle's report, and what was looked at beside it."""
 
-    folder: Path
+    bundle: Bundle
     report: Report
     next_tokens: Tokens
     reference_next_tokens: Tokens
     layers: list[LayerDifference]
+    worst: list[WorstPlace]
 
-
-def find_judge(against: str, revision: str | None) -> Judge:
-    """The checkpoint (folder or hub id) or bundle of that name.
-
-    Raises:
-        InputError: it is neither, or not whole.
-    """
-    from qwen2x.exporters.bundle import is_bundle, open_bundle
-    from qwen2x.exporters.hub import resolve_source
-
-    folder = Path(against)
-    if not is_bundle(folder):
-        # A hub id may be that of a folder for MLX.
-        folder = resolve_source(against, revision=revision)
-    elif revision is not None:
-        raise RequestError(f"{against} is a bundle, which has no revisions; leave it out")
-    if is_bundle(folder):
-        return Judge(name=against, folder=folder, bundle=open_bundle(folder))
-    return Judge(name=against, folder=open_source(folder, None))
+    @property
+    def folder(self) -> Path:
+        """The bundle's."""
+        return self.bundle.folder
 
 
 def judge_bundle(folder: Path, judge: Judge, wish: Wish) -> Judgement:
     """Compares a bundle with its judge, and records the figures in it if the judge is PyTorch."""
     from qwen2x.exporters.bundle import open_bundle
     from qwen2x.runtimes.generate import read_text_files
-    from qwen2x.runtimes.runtime import open_runtime
     from qwen2x.runtimes.validate import Check, validate
 
     opened = open_bundle(folder)
-    changed = judge.changed_files(opened)
-    if changed:
-        log(
-            f"{judge.name} is not the checkpoint that {folder} was made of "
-            f"({opened.manifest['source']['id']}): {', '.join(changed[:3])} differ"
-        )
-    token_ids = read_text_files(judge.folder).tokenizer.encode(wish.text)
-    with (
-        open_runtime(
-            folder,
-            device=_device_for(opened, wish.device),
-            threads=wish.threads,
-            graph=wish.graph,
-            kv_bits=int(wish.kv_bits) if wish.kv_bits else None,
-        ) as candidate,
-        judge.open(wish.device, wish.threads) as reference,
-    ):
+    changed = warn_of_changed_files(opened, judge)
+    tokenizer = read_text_files(judge.folder).tokenizer
+    token_ids = tokenizer.encode(wish.text)
+    with wish.open(opened) as candidate, judge.open(wish.device, wish.threads) as reference:
         _require_same_shape(opened, candidate, reference, judge.name)
         if wish.wants_layers:
             _require_layers(candidate, reference)
+        reading = wish.read(token_ids, candidate.max_context)
         report = validate(
             candidate,
             reference,
@@ -149,24 +113,22 @@ def judge_bundle(folder: Path, judge: Judge, wish: Wish) -> Judgement:
             on_step=wish.on_step,
         )
         ours, theirs = _next_tokens(candidate, reference, token_ids)
-        layers = _layers(candidate, reference, token_ids, wish) if wish.wants_layers else []
-    report.facts["scheme"] = opened.scheme
-    report.facts["reference"] = {"name": judge.name, "backend": reference.backend}
+        layers = _layers(candidate, reference, token_ids, wish)
+    report.facts.update(_facts(opened, judge, wish, reading))
     report.checks.append(
         Check(name="source_is_the_same", value=float(not changed), limit=1, is_floor=True)
     )
-    if wish.kv_bits:
-        report.facts["kv_bits"] = int(wish.kv_bits)
     # Figures against another checkpoint say nothing of the bundle, those with another cache less
     # than its own, which they do not replace.
     if not changed and judge.bundle is None and opened.is_ours and not wish.kv_bits:
-        _record(opened, report)
+        record(opened, report)
     return Judgement(
-        folder=folder,
+        bundle=opened,
         report=report,
         next_tokens=ours,
         reference_next_tokens=theirs,
         layers=layers,
+        worst=reading.in_words(report.difference.worst, tokenizer),
     )
 
 
@@ -181,9 +143,41 @@ def read_text(path: Path | None) -> str:
         raise RequestError(f"--text {path} cannot be read as UTF-8 text: {error}") from None
 
 
-def _device_for(bundle: Bundle, device: str) -> str:
-    """One --device for bundles of several targets: what a target does not have is its auto."""
-    return "auto" if bundle.target == "onnx" and device == "metal" else device
+def warn_of_changed_files(bundle: Bundle, judge: Judge) -> list[str]:
+    """The files in which the judge is not what the bundle was made of; told on standard error."""
+    changed = judge.changed_files(bundle)
+    if changed:
+        log(
+            f"{judge.name} is not the checkpoint that {bundle.folder} was made of "
+            f"({bundle.manifest['source']['id']}): {', '.join(changed[:3])} differ"
+        )
+    return changed
+
+
+def _require_same_shape(
+    opened: Bundle, candidate: Runtime, reference: Runtime, against: str
+) -> None:
+    """Raises RequestError where logits of the two have other lengths."""
+    if candidate.vocab_size != reference.vocab_size:
+        raise RequestError(
+            f"{opened.folder} has {candidate.vocab_size} vocabulary rows, {against} has "
+            f"{reference.vocab_size}: not the checkpoint it was made of "
+            f"({opened.manifest['source']['id']})"
+        )
+
+
+def _facts(bundle: Bundle, judge: Judge, wish: Wish, reading: Reading) -> dict[str, Any]:
+    """What was compared with what, so that a recorded report stands by itself."""
+    facts = {
+        "scheme": bundle.scheme,
+        "method": bundle.manifest["method"],
+        "bytes": bundle.bytes,
+        "cache_dtype": bundle.cache["dtype"],
+        "graph": wish.graph,
+        "text": reading.to_json(),
+        "reference": {"name": judge.name, "backend": judge.backend},
+    }
+    return facts | ({"kv_bits": int(wish.kv_bits)} if wish.kv_bits else {})
 
 
 def _next_tokens(
@@ -199,9 +193,13 @@ def _next_tokens(
     return top_tokens(ours, _TOP), top_tokens(theirs, _TOP)
 
 
+def _shows_layers(runtime: Runtime) -> bool:
+    return hasattr(runtime, "hidden_states")
+
+
 def _require_layers(*runtimes: Runtime) -> None:
     for runtime in runtimes:
-        if not hasattr(runtime, "hidden_states"):
+        if not _shows_layers(runtime):
             raise BackendError(
                 f"{runtime.folder} is run by a graph that shows no layers; leave out --graph or "
                 "--layers"
@@ -211,35 +209,17 @@ def _require_layers(*runtimes: Runtime) -> None:
 def _layers(
     candidate: Runtime, reference: Runtime, token_ids: Sequence[int], wish: Wish
 ) -> list[LayerDifference]:
+    """Layer by layer, where that is wanted and possible."""
     import numpy as np
 
     from qwen2x.runtimes.layers import compare_layers
 
+    is_possible = _shows_layers(candidate) and _shows_layers(reference)
+    if not wish.wants_layers and not (wish.wants_page and is_possible):
+        return []
     wish.on_step("layers")
     ids = np.array([token_ids[: min(_LAYER_TOKENS, candidate.max_context)]], np.int64)
     return compare_layers(reference, candidate, ids)  # type: ignore[arg-type]
-
-
-def _record(bundle: Bundle, report: Report) -> None:
-    """Writes the figures into the manifest, if the bundle may be written to."""
-    from qwen2x.exporters.bundle import write_manifest
-
-    quality = {key: value for key, value in report.to_json().items() if key != "tolerance"}
-    try:
-        write_manifest(bundle.folder, {**bundle.manifest, "quality": finite(quality)})
-    except OSError as error:
-        log(f"the figures were not recorded in {bundle.folder}: {error.strerror}")
-
-
-def _require_same_shape(
-    opened: Bundle, candidate: Runtime, reference: Runtime, against: str
-) -> None:
-    if candidate.vocab_size != reference.vocab_size:
-        raise RequestError(
-            f"{opened.folder} has {candidate.vocab_size} vocabulary rows, {against} has "
-            f"{reference.vocab_size}: not the checkpoint it was made of "
-            f"({opened.manifest['source']['id']})"
-        )
 
 
 def to_json(judgement: Judgement) -> dict[str, Any]:

@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "Answer one prompt.",
     "chat": "Talk with a model in the terminal.",
     "validate": "Compare a bundle's logits with PyTorch's.",
+    "compare": "Show bundles of one checkpoint in one table.",
     "bench": "Measure prefill and decode speed.",
     "inspect": "Show what a checkpoint or bundle is.",
     "demo": "The whole way on the small checkpoint that ships with qwen2x.",

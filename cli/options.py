@@ -34,6 +34,16 @@ system_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
+reading_options = _together(
+    click.option(
+        "--text", type=click.Path(path_type=Path), help="The text to read. Default: a built-in mix."
+    ),
+    click.option(
+        "--tokens", type=int, default=1024, show_default=True, help="How many to compare."
+    ),
+    click.option("--window", type=int, default=512, show_default=True, help="Tokens read at once."),
+)
+
 quantize_options = _together(
     click.option(
         "--bits",

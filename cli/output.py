@@ -57,6 +57,11 @@ def size_text(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def figure_text(value: float | None, form: str = ".3g") -> str:
+    """A figure; None and what is no number, which a broken bundle gives, in words."""
+    return format(value, form) if value is not None and math.isfinite(value) else "not finite"
+
+
 def layer_progress(*, quiet: bool = False) -> Callable[[int, int], None]:
     """Tells of layers that are done, and of the time left, on standard error."""
     started = time.monotonic()

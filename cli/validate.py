@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen2x.cli.judging import Judgement, Wish, find_judge, judge_bundle, read_text, to_json
+from qwen2x.cli.judge import find_judge
+from qwen2x.cli.judging import Judgement, Wish, judge_bundle, read_text, to_json
 from qwen2x.cli.machine import peak_memory_bytes
-from qwen2x.cli.options import json_option, place_options
+from qwen2x.cli.options import json_option, place_options, reading_options
 from qwen2x.cli.output import log, print_columns, print_json, print_table
-from qwen2x.quantize.errors import RequestError
+from qwen2x.cli.reading import text_name
 
 if TYPE_CHECKING:
     from qwen2x.runtimes.validate import Report
@@ -29,14 +29,12 @@ Example: qwen2x validate qwen-int4 --against Qwen/Qwen2.5-0.5B-Instruct
 @click.option(
     "--against", required=True, help="The checkpoint (folder or hub id), or another bundle."
 )
-@click.option(
-    "--text", type=click.Path(path_type=Path), help="The text to read. Default: a built-in mix."
-)
-@click.option("--tokens", type=int, default=1024, show_default=True, help="How many to compare.")
-@click.option("--window", type=int, default=512, show_default=True, help="Tokens read at once.")
+@reading_options
 @click.option("--layers", is_flag=True, help="Also show where hidden states part, layer by layer.")
 @click.option(
-    "--html", type=click.Path(path_type=Path), help="Also write one page here. Default: none."
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Also write one page with plots here, layers among them. Default: none.",
 )
 @click.option(
     "--revision", help="Branch, tag or commit, when --against is a hub id. Default: main."
@@ -57,14 +55,19 @@ def command(
 
     The same tokens go through both. Further checks read a bundle in other ways (step by step, in
     chunks, in a batch, at far positions), which must not matter. Exit 0: pass, 1: fail. The figures
-    are also recorded in the bundle. Several bundles, for ONNX and MLX, are shown side by side.
-    Another bundle may stand in for PyTorch.
+    are also recorded in the bundle, and shown in its README.md. Several bundles, for ONNX and MLX,
+    are shown side by side. Another bundle may stand in for PyTorch.
     """
     from qwen2x.exporters.bundle import open_bundle
 
-    _require_page_possible(html, bundles)
+    if html is not None:
+        from qwen2x.cli.page import require_page_possible
+
+        require_page_possible(html, bundles)
     wish = Wish(
         text=read_text(text),
+        text_name=text_name(text),
+        wants_page=html is not None,
         wants_layers=layers,
         on_step=lambda step: None if as_json else log(f"checking {step}"),
         **options,
@@ -78,29 +81,23 @@ def command(
             log(f"{bundle}:")
         judgements.append(judge_bundle(bundle, judge, wish))
     if html is not None:
-        _write_page(html, against, judgements[0])
-    _print(judgements, as_json)
+        from qwen2x.cli.validation_page import write_validation_page
+
+        write_validation_page(html, judgements)
+    _print(judgements, as_json, layers)
     if any(judgement.report.verdict == "fail" for judgement in judgements):
         click.get_current_context().exit(1)
 
 
-def _require_page_possible(html: Path | None, bundles: Sequence[Path]) -> None:
-    if html is None:
-        return
-    if len(bundles) > 1:
-        raise RequestError(f"--html shows one bundle, got {len(bundles)}; validate them one by one")
-    if not html.absolute().parent.is_dir():
-        raise RequestError(f"--html {html} lies in no folder; make it first: mkdir {html.parent}")
-
-
-def _print(judgements: list[Judgement], as_json: bool) -> None:
+def _print(judgements: list[Judgement], as_json: bool, layers: bool) -> None:
     peak = {"peak_memory_bytes": peak_memory_bytes()}
     if not as_json:
         if len(judgements) == 1:
             print_report(judgements[0].folder, judgements[0].report)
         else:
             _print_side_by_side(judgements)
-        _print_layers(judgements)
+        if layers:
+            _print_layers(judgements)
     elif len(judgements) == 1:
         print_json(to_json(judgements[0]) | peak)
     else:
@@ -174,8 +171,6 @@ def _print_side_by_side(judgements: list[Judgement]) -> None:
 
 def _print_layers(judgements: list[Judgement]) -> None:
     """Relative errors of the residual stream, one column per bundle."""
-    if not judgements[0].layers:
-        return
     from qwen2x.runtimes.layers import first_beyond
 
     click.echo("relative error of hidden states, mean over positions:")
@@ -188,12 +183,3 @@ def _print_layers(judgements: list[Judgement]) -> None:
         beyond = first_beyond(judgement.layers, limit)
         where = f"first beyond {limit:g} is {beyond.layer}" if beyond else f"all within {limit:g}"
         click.echo(f"  {judgement.folder}: {where}")
-
-
-def _write_page(html: Path, against: str, judgement: Judgement) -> None:
-    from qwen2x.cli.validation_page import write_page
-
-    try:
-        write_page(html, judgement.folder, against, judgement.report)
-    except OSError as error:
-        raise RequestError(f"--html {html} cannot be written: {error.strerror}") from None

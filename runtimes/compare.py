@@ -7,14 +7,15 @@ the whole vocabulary; the method is that of llama.cpp's ``perplexity --kl-diverg
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.runtime import Logits, TokenIds
+from qwen2x.runtimes.surprises import Surprise, Surprises
 
 _ROWS_AT_ONCE = 64
 _TOP = 10
@@ -30,7 +31,10 @@ class GivesLogits(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Figures over all positions of a text; ``kl`` is per position, in nats."""
+    """Figures over all positions of a text; ``kl`` is per position, in nats.
+
+    ``worst`` are the positions where it is largest.
+    """
 
     positions: int
     max_abs_diff: float
@@ -45,6 +49,13 @@ class Difference:
     perplexity_reference: float
     all_finite: bool
     kl: tuple[float, ...] = field(repr=False, default=())
+    worst: tuple[Surprise, ...] = field(repr=False, default=())
+
+    def figures(self) -> dict[str, Any]:
+        """The figures by name, without what is told per position."""
+        figures = asdict(replace(self, kl=(), worst=()))
+        del figures["kl"], figures["worst"]
+        return figures
 
 
 def windows_of(token_ids: Sequence[int], tokens: int, window: int) -> list[list[int]]:
@@ -108,6 +119,7 @@ class _Gathered:
     losses: list[float] = field(default_factory=list)
     reference_losses: list[float] = field(default_factory=list)
     all_finite: bool = True
+    surprises: Surprises = field(default_factory=Surprises)
 
     def add(self, reference: Logits, candidate: Logits, ids: TokenIds) -> None:
         if reference.shape != candidate.shape:
@@ -126,6 +138,7 @@ class _Gathered:
         difference = np.abs(reference - candidate)
         self.max_abs = float(np.maximum(self.max_abs, difference.max()))
         self.sum_abs += float(difference.sum(dtype=np.float64))
+        start = self.rows
         self.rows += len(reference)
         self.columns = reference.shape[1]
         self.cosines.append(_cosine(reference, candidate))
@@ -133,6 +146,7 @@ class _Gathered:
         self.top10 += _shared_top(reference, candidate)
         p, q = _log_softmax(reference), _log_softmax(candidate)
         self.kl.append(_kl(p, q))
+        self.surprises.add(start, self.kl[-1], p, q)
         picked = np.arange(len(following)), following
         self.reference_losses.extend((-p[picked]).tolist())
         self.losses.extend((-q[picked]).tolist())
@@ -154,6 +168,7 @@ class _Gathered:
             perplexity_reference=float(np.exp(np.mean(self.reference_losses))),
             all_finite=self.all_finite,
             kl=tuple(kl.tolist()),
+            worst=self.surprises.worst,
         )
 
 

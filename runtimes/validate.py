@@ -72,11 +72,9 @@ class Report:
             | ({"judge": check.judge} if check.judge else {})
             for check in self.checks
         ]
-        figures = asdict(self.difference)
-        del figures["kl"]
         return {
             "verdict": self.verdict,
-            **{name: _number(value) for name, value in figures.items()},
+            **{name: _number(value) for name, value in self.difference.figures().items()},
             "checks": checks,
             **self.facts,
             "tolerance": asdict(self.tolerance),

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from qwen2x.cli.judging import read_text
 from qwen2x.exporters.exporter import export
+from qwen2x.runtimes.tokenizer import Tokenizer
 from tests.cli.command import run_program
 from tests.cli.conftest import Call
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -61,6 +66,76 @@ def test_the_figures_are_recorded_and_shown(call: Call, bundle: Path, example: P
     assert call("inspect", bundle, "--json", "--verify").json["quality"] == quality
     shown = call("inspect", bundle).out
     assert f"pass, KL {result['kl_mean']:.3g}" in shown
+
+
+def test_the_record_says_what_was_measured_and_how(call: Call, bundle: Path, example: Path) -> None:
+    result = call("validate", bundle, "--against", example, *FEW, "--json").json
+    quality = json.loads((bundle / "qwen2x.json").read_text())["quality"]
+    ids = Tokenizer(example).encode(read_text(None))[:96]
+    assert quality["text"] == result["text"] == {
+        "name": "built-in",
+        "tokens": 96,
+        "window": 48,
+        "sha256": hashlib.sha256(np.array(ids, "<i8").tobytes()).hexdigest(),
+    }  # fmt: skip
+    facts = {key: quality[key] for key in ("backend", "device", "graph", "cache_dtype", "method")}
+    assert facts == {
+        "backend": "onnx", "device": "cpu", "graph": False, "cache_dtype": "float32",
+        "method": "none",
+    }  # fmt: skip
+    assert quality["bytes"] == call("inspect", bundle, "--json").json["bytes"]
+    assert quality["bits_per_weight"] == 32
+    age = datetime.now(UTC) - datetime.fromisoformat(quality["date"])
+    assert timedelta(0) <= age + timedelta(seconds=1) < timedelta(minutes=5)
+    # A path would tell others about the machine.
+    own = bundle.parent / "own.txt"
+    own.write_text(read_text(None), encoding="utf-8")
+    call("validate", bundle, "--against", example, *FEW, "--text", own)
+    again = json.loads((bundle / "qwen2x.json").read_text())["quality"]["text"]
+    assert again == quality["text"] | {"name": "own.txt"}
+
+
+def test_the_model_card_shows_the_figures_and_keeps_what_its_owner_wrote(
+    call: Call, bundle: Path, example: Path
+) -> None:
+    card = bundle / "README.md"
+    assert "Not measured yet: `qwen2x validate . --against" in card.read_text()
+    card.write_text("# Mine\n" + card.read_text() + "the end\n")
+    result = call("validate", bundle, "--against", example, *FEW, "--json").json
+    text = card.read_text()
+    assert text.startswith("# Mine\n---\n")
+    assert text.endswith("the end\n")
+    assert f"| {result['kl_mean']:.3g} mean, {result['kl_p99']:.3g} 99th percentile" in text
+    assert "| verdict | pass |" in text
+    assert "Not measured yet" not in text
+    assert call("inspect", bundle, "--verify").code == 0
+
+
+def test_a_card_without_its_part_or_none_at_all_is_let_be(
+    call: Call, bundle: Path, example: Path
+) -> None:
+    card = bundle / "README.md"
+    for content in (b"caf\xe9, mine alone\r\n", None):
+        card.unlink(missing_ok=True)
+        if content is not None:
+            card.write_bytes(content)
+        assert call("validate", bundle, "--against", example, *FEW).code == 0
+        assert (card.read_bytes() if card.exists() else None) == content
+
+
+def test_what_export_estimated_stays_beside_what_is_measured(
+    call: Call, bundle: Path, example: Path
+) -> None:
+    manifest = json.loads((bundle / "qwen2x.json").read_text())
+    manifest["quality"] = {"estimate": {"kl_mean": 0.5, "top1_agreement": 0.25}}
+    (bundle / "qwen2x.json").write_text(json.dumps(manifest))
+    shown = call("inspect", bundle).out
+    assert "estimated while exporting: KL 0.5" in shown
+    result = call("validate", bundle, "--against", example, *FEW, "--json").json
+    quality = json.loads((bundle / "qwen2x.json").read_text())["quality"]
+    assert quality["estimate"] == manifest["quality"]["estimate"]
+    assert quality["kl_mean"] == result["kl_mean"]
+    assert "estimated while" not in call("inspect", bundle).out
 
 
 def test_people_see_every_check(call: Call, int4_bundle: Path, example: Path) -> None:
@@ -119,6 +194,8 @@ def test_html_is_one_page_that_needs_nothing_else(
     seen = Elements()
     seen.feed(text)
     assert {"svg", "rect", "table", "style"} <= seen.tags
+    assert "Error of hidden states" in text, "a page has the layers without being asked for them"
+    assert len(result["layers"]) == 7
     assert not seen.tags & {"script", "link", "img", "iframe"}
     assert seen.addresses == []
     assert "url(" not in text
@@ -143,15 +220,6 @@ class Elements(HTMLParser):
         self.addresses += [str(value) for name, value in attrs if name in ("src", "href")]
 
 
-def test_a_page_shows_figures_that_are_no_numbers(tmp_path: Path) -> None:
-    from qwen2x.cli.validation_page import _bars
-
-    bars, grid = _bars((0.0, 1e-9, float("inf"), float("nan"), 0.5))
-    assert len(bars) == 5
-    assert grid
-    assert bars[2]["height"] == bars[3]["height"] == max(bar["height"] for bar in bars)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -162,7 +230,8 @@ def test_a_page_shows_figures_that_are_no_numbers(tmp_path: Path) -> None:
         (["--tokens", "1"], "got 1"),
         (["--window", "0"], "0"),
         (["--html", "{tmp_path}/no/page.html"], "mkdir"),
-        (["--html", "{tmp_path}"], "cannot be written"),
+        (["--html", "{tmp_path}"], "cannot be written: it is a folder; name a file"),
+        (["--html", "{bundle}/page.html"], "lies in a bundle"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -170,7 +239,7 @@ def test_what_does_not_fit_is_one_line(
 ) -> None:
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin1"))
     (tmp_path / "short.txt").write_text("a")
-    chosen = [option.format(tmp_path=tmp_path) for option in options]
+    chosen = [option.format(tmp_path=tmp_path, bundle=bundle) for option in options]
     assert said in call("validate", bundle, "--against", example, *FEW, *chosen).complaint
 
 

@@ -195,15 +195,40 @@ def test_a_bundle_that_is_none_is_told_before_the_others_are_run(
     assert "checking" not in done.err
 
 
-def test_a_page_shows_one_bundle(
+def test_a_page_shows_several_bundles_and_those_that_lie_beside_them(
     call: Call, example: Path, float_bundle: Path, mlx_int4: Path, tmp_path: Path
 ) -> None:
+    names = ("float-a", "mlx-b", "beside-c", "other-text-d", "damaged-e")
+    folders = [
+        shutil.copytree(original, tmp_path / name)
+        for original, name in zip([float_bundle, *[mlx_int4] * 4], names, strict=True)
+    ]
+    one, two, beside, other, damaged = folders
+    assert call("validate", beside, "--against", example, *FEW).code == 0
+    assert call("validate", other, "--against", example, "--tokens", "96").code == 0
+    (damaged / "qwen2x.json").write_text("[")
     page = tmp_path / "page.html"
-    said = call("validate", float_bundle, mlx_int4, "--against", example, "--html", page).complaint
-    assert "--html shows one bundle, got 2; validate them one by one" in said
-    assert not page.exists()
-    assert call("validate", mlx_int4, "--against", example, *FEW, "--html", page).code == 0
-    assert "mlx on" in page.read_text(encoding="utf-8")
+    assert call("validate", one, two, "--against", example, *FEW, "--html", page).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "2 bundles against tiny-qwen2" in text
+    for name in names[:3]:
+        assert name in text
+    for name in names[3:]:
+        assert name not in text
+    assert text.count('id="along') == 4, "title and description of two plots"
+    assert text.count('id="layers') == 4
+    assert "mlx cpu" in text
+
+
+def test_a_page_has_no_layers_where_a_graph_shows_none(
+    call: Call, example: Path, mlx_float: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    args = ("validate", mlx_float, "--against", example, *FEW, "--graph", "--html", page)
+    assert call(*args).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert 'id="along0-title"' in text
+    assert 'id="layers' not in text
 
 
 # Layer by layer

@@ -1,0 +1,101 @@
+"""Whom bundles are compared with: a checkpoint in PyTorch, or another bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen2x.cli.options import open_source
+from qwen2x.quantize.errors import RequestError
+
+if TYPE_CHECKING:
+    from qwen2x.exporters.bundle import Bundle
+    from qwen2x.exporters.config import Qwen2Config
+    from qwen2x.runtimes.runtime import Runtime
+    from qwen2x.runtimes.tolerance import Tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Whom a bundle is compared with. ``bundle`` is None for a checkpoint, which PyTorch runs."""
+
+    name: str
+    folder: Path
+    bundle: Bundle | None = None
+    # Of its files, which are hashed once for all bundles.
+    _sha256: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def backend(self) -> str:
+        """What runs it."""
+        return "torch" if self.bundle is None else self.bundle.target
+
+    @property
+    def config(self) -> Qwen2Config:
+        """The model's numbers."""
+        from qwen2x.exporters.config import read_config
+
+        return read_config(self.folder) if self.bundle is None else self.bundle.model_config
+
+    def open(self, device: str, threads: int | None) -> Runtime:
+        """Its runtime; PyTorch's is on the CPU in float32, wherever the bundle runs."""
+        from qwen2x.runtimes.runtime import open_runtime
+
+        if self.bundle is None:
+            return open_runtime(self.folder, backend="torch", device="cpu", threads=threads)
+        return open_runtime(self.folder, device=device_for(self.bundle, device), threads=threads)
+
+    def tolerance(self, candidate: Bundle) -> Tolerance:
+        """What may lie between it and a candidate."""
+        from qwen2x.runtimes.tolerance import tolerance_between, tolerance_for
+
+        ours = candidate.scheme, candidate.dtype
+        if self.bundle is None:
+            return tolerance_for(*ours)
+        theirs = self.bundle.scheme, self.bundle.dtype
+        both = candidate.is_ours and self.bundle.is_ours
+        return tolerance_between(ours, theirs, same_integers=both)
+
+    def changed_files(self, candidate: Bundle) -> list[str]:
+        """Files that the candidate was made of, and that the judge is not, or is not made of."""
+        ours = candidate.manifest["source"]["sha256"]
+        if self.bundle is None:
+            return [name for name, sha256 in ours.items() if self._hash(name) != sha256]
+        theirs = self.bundle.manifest["source"]["sha256"]
+        # A folder of another program does not say what it was made of.
+        return [name for name in ours if theirs and theirs.get(name) != ours[name]]
+
+    def _hash(self, name: str) -> str:
+        """Of a file of the checkpoint; nothing where it is missing."""
+        from qwen2x.exporters.bundle import sha256_of
+
+        path = self.folder / name
+        if name not in self._sha256:
+            self._sha256[name] = sha256_of(path) if path.is_file() else ""
+        return self._sha256[name]
+
+
+def find_judge(against: str, revision: str | None) -> Judge:
+    """The checkpoint (folder or hub id) or bundle of that name.
+
+    Raises:
+        InputError: it is neither, or not whole.
+    """
+    from qwen2x.exporters.bundle import is_bundle, open_bundle
+    from qwen2x.exporters.hub import resolve_source
+
+    folder = Path(against)
+    if not is_bundle(folder):
+        # A hub id may be that of a folder for MLX.
+        folder = resolve_source(against, revision=revision)
+    elif revision is not None:
+        raise RequestError(f"{against} is a bundle, which has no revisions; leave it out")
+    if is_bundle(folder):
+        return Judge(name=against, folder=folder, bundle=open_bundle(folder))
+    return Judge(name=against, folder=open_source(folder, None))
+
+
+def device_for(bundle: Bundle, device: str) -> str:
+    """One --device for bundles of several targets: what a target does not have is its auto."""
+    return "auto" if bundle.target == "onnx" and device == "metal" else device
