@@ -208,7 +208,9 @@ def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
     """Config, and size and time of every shard: whether a partial export is of the same source."""
     stats = {shard: (checkpoint.folder / shard).stat() for shard in checkpoint.shards}
     shards = {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
-    return {"config": checkpoint.config.raw, "shards": shards}
+    config = checkpoint.config
+    quantization = asdict(config.quantization) if config.quantization else None
+    return {"config": config.raw, "quantization": quantization, "shards": shards}
 
 
 @contextmanager
@@ -246,7 +248,8 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
         "source": source,
         "config": config.raw,
         "scheme": plan.bit_plan.name,
-        "method": _method(options),
+        "method": config.quantization.method if config.quantization else _method(options),
+        "imported": asdict(config.quantization) if config.quantization else None,
         "schemes": plan.bit_plan.summary(),
         "parameters": config.parameters,
         "bits_per_weight": round(bits_per_weight(plan.weights), 4),

@@ -14,7 +14,7 @@ import math
 import mmap
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,10 @@ from qwen2x.exporters.config import Qwen2Config, read_config, read_json
 from qwen2x.quantize.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
+FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
+# Words of codes and order of inputs, in quantized checkpoints.
+DTYPES: dict[str, Any] = FLOATS | {"I32": np.int32}
+_INTEGERS = (".qweight", ".qzeros", ".g_idx")
 _SINGLE = "model.safetensors"
 _SHOWN = 12
 # A fault maps up to a huge page of what is cached around it, so that much more is given up.
@@ -95,8 +98,32 @@ class Checkpoint:
             )
         return values.reshape(stop - start, *tensor.shape[1:])
 
+    def columns(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Columns ``start:stop`` of a matrix, or elements of a vector, in the type stored.
+
+        Its pages stay in memory until the last column is read.
+
+        Raises:
+            CheckpointError: the file was cut meanwhile.
+        """
+        tensor = self.tensors[name]
+        stored = self._view(tensor, 0, tensor.shape[0]).reshape(tensor.shape)
+        values = stored[..., start:stop].copy()
+        if stop is None or stop == tensor.shape[-1]:
+            mapping = self._mappings[tensor.shard]
+            _give_up(mapping, tensor.offset, tensor.offset + tensor.bytes)
+        return values
+
     def _copy(self, tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:
         """The elements of rows ``start:stop``; their pages are given up."""
+        stored = self._view(tensor, start, stop)
+        values = _to_float32(stored)
+        offset = tensor.offset + start * tensor.row_elements * stored.itemsize
+        _give_up(self._mappings[tensor.shard], offset, offset + stored.nbytes)
+        return values
+
+    def _view(self, tensor: Tensor, start: int, stop: int) -> NDArray[Any]:
+        """The stored elements of rows ``start:stop``, in the mapped file."""
         mapping = self._mappings[tensor.shard]
         dtype = np.dtype(DTYPES[tensor.dtype])
         count = (stop - start) * tensor.row_elements
@@ -110,9 +137,7 @@ class Checkpoint:
                 f"{tensor.name} ends after {max(left, 0)} of {size} bytes: {tensor.shard} was "
                 "changed while it was read; leave it alone during an export"
             )
-        values = _to_float32(np.frombuffer(mapping, dtype, count, offset))
-        _give_up(mapping, offset, offset + size)
-        return values
+        return np.frombuffer(mapping, dtype, count, offset)
 
     def close(self) -> None:
         """Closes the shards."""
@@ -160,7 +185,7 @@ def read_header(path: Path) -> Iterator[Tensor]:
 
     Raises:
         CheckpointError: the file is cut, overlapping, claims more than it holds, or has a dtype
-            that is no float.
+            that is neither a float nor that of words and orders.
     """
     try:
         with path.open("rb") as file, safe_open(path, framework="numpy"):
@@ -177,10 +202,10 @@ def read_header(path: Path) -> Iterator[Tensor]:
         ) from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        known = ["I32"] if name.endswith(_INTEGERS) else list(FLOATS)
+        if entry["dtype"] not in known:
             raise CheckpointError(
-                f"{name} in {path.name} has dtype {entry['dtype']}; expected "
-                f"{', '.join(DTYPES)} (a float checkpoint)"
+                f"{name} in {path.name} has dtype {entry['dtype']}; expected {', '.join(known)}"
             )
         yield Tensor(
             name=name,
@@ -253,7 +278,7 @@ def _require_index_matches(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def _match(config: Qwen2Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that the config implies; all differences are reported at once."""
-    expected = config.expected_tensors()
+    expected = _stored_tensors(config, tensors)
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
     if config.is_tied:
         ignored.add("lm_head.weight")
@@ -272,8 +297,20 @@ def _match(config: Qwen2Config, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     if missing == ["lm_head.weight"]:
         parts.append("set tie_word_embeddings to true if the head is the embedding")
     if parts:
-        raise CheckpointError("the weights do not fit config.json: " + "; ".join(parts))
+        said = "" if config.quantization is None else f" (quantized: {config.quantization.name})"
+        raise CheckpointError(f"the weights do not fit config.json{said}: " + "; ".join(parts))
     return {name: tensors[name] for name in expected}
+
+
+def _stored_tensors(config: Qwen2Config, found: Container[str]) -> dict[str, tuple[int, ...]]:
+    """What must be there, and of what may be there what was found."""
+    tensors, quantization = config.expected_tensors(), config.quantization
+    if quantization is None:
+        return tensors
+    optional = quantization.optional_tensors(tensors)
+    return quantization.needed_tensors(tensors) | {
+        name: shape for name, shape in optional.items() if name in found
+    }
 
 
 def _require_same_bytes(folder: Path, head: Tensor, embedding: Tensor) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2x.exporters.rope import Rope, read_rope
+from qwen2x.exporters.stored_quantization import StoredQuantization, read_stored_quantization
 from qwen2x.quantize.errors import ConfigError, SourceError
 
 _LARGEST = {"vocab_size": 1 << 24, "num_hidden_layers": 1 << 12}
@@ -18,7 +19,10 @@ _LARGEST_DIMENSION = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2Config:
-    """The numbers of a dense Qwen2 or Qwen2.5 model, named as in ``config.json``."""
+    """The numbers of a dense Qwen2 or Qwen2.5 model, named as in ``config.json``.
+
+    ``raw`` is the file without ``quantization_config``, which ``quantization`` is read of.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -34,6 +38,7 @@ class Qwen2Config:
     pad_token_id: int | None
     eos_token_ids: tuple[int, ...]
     raw: dict[str, Any]
+    quantization: StoredQuantization | None = None
 
     @property
     def query_size(self) -> int:
@@ -51,7 +56,7 @@ class Qwen2Config:
         return 2 * self.num_hidden_layers * self.key_value_size
 
     def expected_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the checkpoint must hold, by its Hugging Face name, with its shape."""
+        """Every tensor of the float model, by its Hugging Face name, with its shape."""
         hidden, inner = self.hidden_size, self.intermediate_size
         layer: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (hidden,),
@@ -142,7 +147,8 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2
         bos_token_id=_token_id(raw, generation, "bos_token_id"),
         pad_token_id=_token_id(raw, generation, "pad_token_id"),
         eos_token_ids=_eos(raw, generation),
-        raw=dict(raw),
+        raw={key: value for key, value in raw.items() if key != "quantization_config"},
+        quantization=_quantization(raw, layers),
     )
 
 
@@ -156,18 +162,16 @@ def _require_dense_qwen2(raw: Mapping[str, Any]) -> None:
         raise ConfigError(f"expected the architecture Qwen2ForCausalLM, got {architectures!r}")
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act must be 'silu' for Qwen2, got {raw['hidden_act']!r}")
-    if quantized := raw.get("quantization_config"):
-        method = (
-            quantized.get("quant_method", "by MLX") if isinstance(quantized, dict) else quantized
-        )
-        raise ConfigError(
-            f"the checkpoint is already quantized ({method}); give the float checkpoint"
-        )
     if raw.get("dual_chunk_attention_config"):
         raise ConfigError(
             "dual_chunk_attention_config (the 1M models) is not supported; remove it to use the "
             "model within its native context"
         )
+
+
+def _quantization(raw: Mapping[str, Any], layers: int) -> StoredQuantization | None:
+    found = raw.get("quantization_config")
+    return read_stored_quantization(found, layers) if found else None
 
 
 def _refuse_sliding_window(raw: Mapping[str, Any], layers: int) -> None:

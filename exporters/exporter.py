@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen2x.exporters.bundle_writer import Plan, write_bundle
 from qwen2x.exporters.calibration import OnLayer
+from qwen2x.exporters.checkpoint import Checkpoint
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.hub import resolve_source, source_id
+from qwen2x.exporters.import_plan import claimed_schemes, imported_bit_plan, imported_options
 from qwen2x.exporters.options import Options
+from qwen2x.exporters.packed_matrices import Order, PackedMatrices
 from qwen2x.exporters.staging import require_absent
 from qwen2x.exporters.weight_writer import Progress
 from qwen2x.quantize.plan import BitPlan
@@ -60,7 +64,7 @@ def export(
     manifest = write_bundle(
         folder,
         Path(out),
-        lambda checkpoint: plan_export(checkpoint.config, chosen),
+        lambda checkpoint: plan_checkpoint(checkpoint, chosen),
         chosen,
         source_id=source_name or source_id(source),
         force=force,
@@ -70,14 +74,43 @@ def export(
     return Export(bundle=Path(out), manifest=manifest)
 
 
-def plan_export(config: Qwen2Config, options: Options, bit_plan: BitPlan | None = None) -> Plan:
+def plan_checkpoint(checkpoint: Checkpoint, options: Options) -> Plan:
+    """What an export will write; of a quantized checkpoint, zero points and orders are read.
+
+    Raises:
+        CheckpointError: zero points or orders that cannot be carried over.
+        SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
+    """
+    config = checkpoint.config
+    if config.quantization is None:
+        return plan_export(config, options)
+    packed = PackedMatrices(checkpoint, config.quantization)
+    bit_plan = imported_bit_plan(config, config.quantization, options, packed.schemes())
+    return plan_export(config, options, bit_plan, packed.orders)
+
+
+def plan_export(
+    config: Qwen2Config,
+    options: Options,
+    bit_plan: BitPlan | None = None,
+    orders: Mapping[str, Order] | None = None,
+) -> Plan:
     """What an export will write, without reading a weight.
 
-    Without ``bit_plan`` matrices have the schemes that the options name.
+    Args:
+        config: the model.
+        options: what was chosen.
+        bit_plan: the scheme of every unit; without it what options and config say.
+        orders: of a quantized checkpoint, see ``PackedMatrices``.
 
     Raises:
         SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
     """
+    orders = orders or {}
+    if (quantization := config.quantization) is not None:
+        claimed = claimed_schemes(config, quantization)
+        bit_plan = bit_plan or imported_bit_plan(config, quantization, options, claimed)
+        options = imported_options(options, bit_plan, orders)
     schemes = bit_plan or options.bit_plan(config)
     if options.target == "mlx":
         from qwen2x.exporters.mlx_export import plan_mlx
@@ -85,4 +118,4 @@ def plan_export(config: Qwen2Config, options: Options, bit_plan: BitPlan | None 
         return plan_mlx(config, options, schemes)
     from qwen2x.exporters.onnx_export import plan_onnx
 
-    return plan_onnx(config, options, schemes)
+    return plan_onnx(config, options, schemes, orders)

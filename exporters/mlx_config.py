@@ -25,7 +25,7 @@ _CLOSE = 1e-9
 
 
 def mlx_config(
-    config: Qwen2Config, dtype: str, scheme: Scheme | None, overrides: dict[str, Scheme]
+    config: Qwen2Config, dtype: str, scheme: Scheme | None, overrides: dict[str, Scheme | None]
 ) -> dict[str, Any]:
     """The dictionary, keys sorted.
 
@@ -33,7 +33,7 @@ def mlx_config(
         config: the checkpoint's.
         dtype: float type of the weights.
         scheme: of the matrices that are not named in ``overrides``; None: all are floats.
-        overrides: module paths whose scheme is another one.
+        overrides: schemes by module path, of those whose scheme may be another one.
     """
     rope = config.rope
     written = {key: value for key, value in config.raw.items() if key not in _DROPPED}
@@ -47,9 +47,9 @@ def mlx_config(
         "torch_dtype": dtype,
     }
     if scheme is not None:
-        settings = _settings(scheme) | {
-            path: _settings(other) for path, other in overrides.items() if other != scheme
-        }
+        settings = _settings(scheme)
+        named = {path: _settings(other) if other else False for path, other in overrides.items()}
+        settings |= {path: own for path, own in named.items() if own != settings}
         written |= {"quantization": settings, "quantization_config": settings}
     return dict(sorted(written.items()))
 

@@ -86,7 +86,7 @@ class MlxPlan:
         schemes = {
             weight.name.removesuffix(".weight"): weight.scheme
             for weight in self.weights
-            if weight.scheme is not None
+            if weight.columns > 1
         }
         return mlx_config(self.config, self.dtype, self.bit_plan.layers, schemes)
 

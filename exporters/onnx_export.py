@@ -16,6 +16,7 @@ from qwen2x.exporters.onnx_graph import Recipe, build_graph
 from qwen2x.exporters.onnx_target import find_target
 from qwen2x.exporters.onnx_weights import WeightLayout
 from qwen2x.exporters.options import Options
+from qwen2x.exporters.packed_matrices import Order
 from qwen2x.exporters.weights import DataFile, Weight
 from qwen2x.quantize.plan import BitPlan
 
@@ -81,17 +82,22 @@ class OnnxPlan:
         }
 
 
-def plan_onnx(config: Qwen2Config, options: Options, bit_plan: BitPlan) -> OnnxPlan:
+def plan_onnx(
+    config: Qwen2Config, options: Options, bit_plan: BitPlan, orders: Mapping[str, Order]
+) -> OnnxPlan:
     """The graph and its data file's layout, without reading a weight.
+
+    Modules in ``orders`` have their columns in another order than the checkpoint's float model.
 
     Raises:
         SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
     """
-    is_quantized = options.bits is not None
+    is_quantized = any(bit_plan.schemes.values())
     recipe = Recipe(
         config=config,
         target=find_target(options.device or "cpu", options.dtype, is_quantized=is_quantized),
         bit_plan=bit_plan,
+        orders=orders,
         max_context=options.context_of(config),
     )
     model, layout = build_graph(recipe)

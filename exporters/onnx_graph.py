@@ -16,9 +16,11 @@ Operators: ``docs/ContribOperators.md`` of onnxruntime 1.31 for com.microsoft, o
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from qwen2x.exporters.config import Qwen2Config
@@ -30,6 +32,8 @@ from qwen2x.exporters.weights import Weight
 from qwen2x.quantize.plan import BitPlan
 
 KEPT = "kept"
+# Modules by their path within a layer, and their outputs.
+Parts = list[tuple[str, int]]
 _TO_END = int(np.iinfo(np.int64).max)
 
 
@@ -38,13 +42,15 @@ class Recipe:
     """Everything that decides a graph.
 
     ``bit_plan`` gives every matrix its scheme. ``max_context`` is the number of positions that the
-    rotary table covers.
+    rotary table covers. ``orders`` are int32 [columns], by module path, of matrices that are stored
+    with their columns in that order.
     """
 
     config: Qwen2Config
     target: Target
     bit_plan: BitPlan
     max_context: int
+    orders: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
 
 
 def build_graph(recipe: Recipe) -> tuple[ModelProto, WeightLayout]:
@@ -104,10 +110,8 @@ class _Decoder:
                 "/model/residual_rows", residual, self.residual_type, config.hidden_size
             )
             leading = (B, KEPT)
-        place = f"/model/layers.{layer}/self_attn/o_proj"
         parts = [("self_attn.o_proj", config.hidden_size)]
-        weight = self._matrix(layer, "self_attn.o_proj", parts, config.query_size)
-        x = self._linear(place, x, weight, leading)
+        x = self._project(layer, "self_attn.o_proj", parts, x, leading)
         norm = f"model.layers.{layer}.post_attention_layernorm"
         normed, residual = self._add_and_norm(norm, x, residual, leading)
         x = self._mlp(layer, normed, leading)
@@ -121,19 +125,14 @@ class _Decoder:
             ("self_attn.k_proj", config.key_value_size),
             ("self_attn.v_proj", config.key_value_size),
         ]
-        weight = self._matrix(layer, "self_attn.qkv_proj", parts, config.hidden_size)
-        bias = self._bias(layer, "self_attn.qkv_proj", parts)
-        place = f"/model/layers.{layer}/self_attn/qkv_proj"
-        packed = self._linear(place, normed, weight, (B, S), bias)
+        packed = self._project(layer, "self_attn.qkv_proj", parts, normed, (B, S), has_bias=True)
         return self.attention.attend(layer, packed)
 
     def _mlp(self, layer: int, x: str, leading: Shape) -> str:
         graph, inner = self.graph, self.config.intermediate_size
         place = f"/model/layers.{layer}/mlp"
         parts = [("mlp.gate_proj", inner), ("mlp.up_proj", inner)]
-        hidden = self.config.hidden_size
-        weight = self._matrix(layer, "mlp.gate_up_proj", parts, hidden)
-        both = self._linear(f"{place}/gate_up_proj", x, weight, leading)
+        both = self._project(layer, "mlp.gate_up_proj", parts, x, leading)
         shape: Shape = (*leading, inner)
         gate, up = f"{place}/gate/output_0", f"{place}/up/output_0"
         graph.node(f"{place}/Split", [both], [gate, up], axis=-1, num_outputs=2)
@@ -142,8 +141,29 @@ class _Decoder:
         sigmoid = graph.op(f"{place}/act/Sigmoid", [gate], self.float, shape)
         silu = graph.op(f"{place}/act/Mul", [gate, sigmoid], self.float, shape)
         x = graph.op(f"{place}/Mul", [silu, up], self.float, shape)
-        weight = self._matrix(layer, "mlp.down_proj", [("mlp.down_proj", hidden)], inner)
-        return self._linear(f"{place}/down_proj", x, weight, leading)
+        parts = [("mlp.down_proj", self.config.hidden_size)]
+        return self._project(layer, "mlp.down_proj", parts, x, leading)
+
+    def _project(
+        self, layer: int, name: str, parts: Parts, x: str, leading: Shape, *, has_bias: bool = False
+    ) -> str:
+        """X through the modules of a unit, whose outputs come out side by side."""
+        place = _place(f"model.layers.{layer}.{name}")
+        orders = [self.recipe.orders.get(f"model.layers.{layer}.{part}") for part, _ in parts]
+        if len({None if order is None else order.tobytes() for order in orders}) > 1:
+            outputs = [
+                self._project(layer, part, [(part, rows)], x, leading, has_bias=has_bias)
+                for part, rows in parts
+            ]
+            shape: Shape = (*leading, sum(rows for _, rows in parts))
+            return self.graph.op(f"{place}/Concat", outputs, self.float, shape, axis=-1)
+        weight = self._matrix(layer, name, parts)
+        if orders[0] is not None:
+            inputs = [x, self.graph.constant(f"{place}/order", orders[0])]
+            shape = (*leading, weight.columns)
+            x = self.graph.op(f"{place}/Gather", inputs, self.float, shape, axis=-1)
+        bias = self._bias(layer, name, parts) if has_bias else ""
+        return self._linear(place, x, weight, leading, bias)
 
     # Weights
 
@@ -153,18 +173,18 @@ class _Decoder:
         scheme = self.recipe.bit_plan.scheme_of(name)
         return self.layout.matrix(source, sources, self.config.hidden_size, self.float, scheme)
 
-    def _matrix(
-        self, layer: int, name: str, modules: list[tuple[str, int]], columns: int
-    ) -> Weight:
-        """A unit of the plan: modules one below the other."""
-        unit = f"model.layers.{layer}.{name}"
-        sources = [(f"model.layers.{layer}.{module}.weight", rows) for module, rows in modules]
+    def _matrix(self, layer: int, name: str, parts: Parts) -> Weight:
+        """A unit of the plan, or one of its modules: modules one below the other."""
+        config, unit = self.config, f"model.layers.{layer}.{name}"
+        widths = {"self_attn.o_proj": config.query_size, "mlp.down_proj": config.intermediate_size}
+        columns = widths.get(name, config.hidden_size)
+        sources = [(f"model.layers.{layer}.{part}.weight", rows) for part, rows in parts]
         scheme = self.recipe.bit_plan.scheme_of(unit)
         return self.layout.matrix(f"{unit}.weight", sources, columns, self.float, scheme)
 
-    def _bias(self, layer: int, name: str, modules: list[tuple[str, int]]) -> str:
+    def _bias(self, layer: int, name: str, parts: Parts) -> str:
         prefix = f"model.layers.{layer}"
-        sources = [(f"{prefix}.{module}.bias", rows) for module, rows in modules]
+        sources = [(f"{prefix}.{part}.bias", rows) for part, rows in parts]
         name = f"{prefix}.{name}.bias"
         return self.graph.external(name, self.layout.vector(name, sources, self.float).values)
 
@@ -227,7 +247,7 @@ class _Decoder:
         )
 
     def _scales(self, weight: Weight) -> str:
-        """Scales [rows, groups] in the matrices' type, from bfloat16, which the session folds."""
+        """Scales [rows, groups] in the matrices' type, from theirs, which the session folds."""
         assert weight.scales is not None
         name = self.graph.external(f"{weight.name}_scales", weight.scales)
         if helper.np_dtype_to_tensor_dtype(weight.scales.dtype) == self.float:

@@ -9,13 +9,12 @@ import numpy as np
 from onnx import TensorProto
 
 from qwen2x.exporters.onnx_target import NUMPY_TYPES
-from qwen2x.exporters.weights import DataFile, Region, Weight
+from qwen2x.exporters.weights import FLOAT_TYPES, DataFile, Region, Weight
 from qwen2x.quantize.packing import matmul_nbits_shape, zero_points_shape
 from qwen2x.quantize.scheme import Scheme
 
 DATA_FILE = "model.onnx_data"
 ALIGNMENT = 4096
-_SCALE_TYPES = {TensorProto.FLOAT: NUMPY_TYPES[TensorProto.BFLOAT16]}
 
 
 @dataclass
@@ -46,7 +45,7 @@ class WeightLayout:
     ) -> Weight:
         """A matrix [rows, columns] in a float type, or as codes with scales.
 
-        A scale is a bfloat16 number, and stored as one where the float type is wider.
+        Scales are stored in their scheme's type where the float type is wider.
 
         Raises:
             SchemeError: the group size does not divide the columns.
@@ -60,6 +59,8 @@ class WeightLayout:
             )
         scheme.require_divides(columns, sources[0][0].removesuffix(".weight"))
         shape = matmul_nbits_shape(rows, columns, scheme)
+        is_wide = element_type == TensorProto.FLOAT
+        scale_type = FLOAT_TYPES[scheme.scale_type] if is_wide else float_type
         return self._add(
             Weight(
                 name=name,
@@ -67,7 +68,7 @@ class WeightLayout:
                 columns=columns,
                 values=self._region(np.uint8, shape),
                 scheme=scheme,
-                scales=self._region(_SCALE_TYPES.get(element_type, float_type), shape[:2]),
+                scales=self._region(scale_type, shape[:2]),
                 zero_points=self._zero_points(rows, columns, scheme),
             )
         )

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from qwen2x.exporters.checkpoint import Checkpoint
+from qwen2x.exporters.packed_matrices import PackedMatrices
 from qwen2x.exporters.weights import DataFile, Region, Weight
 from qwen2x.quantize.errors import CheckpointError
 from qwen2x.quantize.groups import QuantizedMatrix, quantize
@@ -84,8 +85,19 @@ def write_weights(
 
 
 def plain_quantizer(checkpoint: Checkpoint) -> Quantizer:
-    """Rounds to scales of least squared error."""
-    return lambda name, start, stop, scheme: quantize(checkpoint.rows(name, start, stop), scheme)
+    """Rounds floats to scales of least squared error; what is quantized already stays as it is."""
+
+    def rounded(name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
+        return quantize(checkpoint.rows(name, start, stop), scheme)
+
+    if checkpoint.config.quantization is None:
+        return rounded
+    packed = PackedMatrices(checkpoint, checkpoint.config.quantization)
+
+    def carried(name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
+        return (packed.rows if name in packed else rounded)(name, start, stop, scheme)
+
+    return carried
 
 
 @dataclass(frozen=True, kw_only=True)

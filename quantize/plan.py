@@ -49,9 +49,9 @@ class BitPlan:
 
     @property
     def layers(self) -> Scheme | None:
-        """The scheme of most units within layers."""
-        inner = [scheme for unit, scheme in self.schemes.items() if ".layers." in unit]
-        return Counter(inner).most_common(1)[0][0]
+        """The scheme of most units within layers that are not float; None where all are."""
+        inner = [scheme for unit, scheme in self.schemes.items() if ".layers." in unit and scheme]
+        return Counter(inner).most_common(1)[0][0] if inner else None
 
     @property
     def name(self) -> str:

@@ -16,13 +16,15 @@ class Scheme:
 
     A weight is ``scale * (code - zero_point)`` with codes in ``0 .. 2**bits - 1``. The zero point
     is ``2**(bits - 1)`` for all groups, or where ``is_symmetric`` is false a code of each group's
-    own. Scales are bfloat16 numbers, whatever type a target stores them in, so that no target
-    rounds them and all targets hold the same integers.
+    own. Scales are numbers of ``scale_type``, whatever type a target stores them in, so that no
+    target rounds them and all targets hold the same integers: bfloat16, unless another program
+    chose them.
     """
 
     bits: int
     group_size: int
     is_symmetric: bool = True
+    scale_type: str = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:

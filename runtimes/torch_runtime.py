@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import DynamicCache, Qwen2ForCausalLM
 from qwen2x.quantize.errors import BackendError, CheckpointError
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
+from qwen2x.runtimes.torch_packed import load_packed
 
 
 class TorchRuntime(CacheBookkeeping):
@@ -126,7 +128,10 @@ def _load(folder: Path) -> Any:
     """The model in float32. What is missing would otherwise be made up by transformers."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face folder")
+    quantization = _quantization(folder / "config.json")
     try:
+        if quantization is not None:
+            return load_packed(folder, quantization)
         model, found = Qwen2ForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
@@ -139,6 +144,16 @@ def _load(folder: Path) -> Any:
             f"{folder} does not hold the tensors that its config.json names: {wrong}"
         )
     return model
+
+
+def _quantization(path: Path) -> dict[str, Any] | None:
+    """The settings of a GPTQ or AWQ checkpoint; others are transformers' own affair."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return None
+    is_packed = isinstance(found, dict) and found.get("quant_method") in ("gptq", "awq")
+    return found if is_packed else None
 
 
 def _to_numpy(tensor: Any) -> Logits:

@@ -145,7 +145,7 @@ def test_a_sliding_window_is_refused_exactly_where_transformers_uses_one(
         ({"architectures": ["Qwen2ForSequenceClassification"]}, ["Qwen2ForCausalLM", "Sequence"]),
         ({"architectures": 5}, ["Qwen2ForCausalLM", "got 5"]),
         ({"hidden_act": "gelu"}, ["'silu'", "'gelu'"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["already quantized (awq)", "float"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["already quantized (fp8)", "float"]),
         ({"quantization_config": "gptq"}, ["already quantized (gptq)", "float"]),
         ({"dual_chunk_attention_config": {"chunk_size": 1}}, ["dual_chunk_attention", "remove"]),
         ({"num_hidden_layers": "3"}, ["num_hidden_layers", "1..4096", "'3'"]),
