@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -48,19 +49,18 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
     with open_checkpoint(folder) as checkpoint:
         config, rope = checkpoint.config, checkpoint.config.rope
-        matrices = [tensor for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2]
         stored: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for name, shape in config.expected_tensors().items():
+            stored[kind_of(name)][0] += math.prod(shape)
         for tensor in checkpoint.tensors.values():
-            entry = stored[kind_of(tensor.name)]
-            entry[0] += tensor.shape[0] * tensor.row_elements
-            entry[1] += tensor.bytes
-        elements = sum(tensor.shape[0] * tensor.row_elements for tensor in matrices)
+            stored[kind_of(tensor.name)][1] += tensor.bytes
+        matrices = [part for kind, part in stored.items() if kind not in ("norms", "biases")]
         return {
             "kind": "checkpoint",
             "architecture": "Qwen2ForCausalLM",
             "parameters": config.parameters,
             "bytes": checkpoint.bytes,
-            "bits_per_weight": 8 * sum(tensor.bytes for tensor in matrices) / elements,
+            "bits_per_weight": 8 * sum(size for _, size in matrices) / sum(n for n, _ in matrices),
             "dtypes": sorted({tensor.dtype for tensor in checkpoint.tensors.values()}),
             "by_kind": _by_kind(stored),
             "layers": config.num_hidden_layers,
@@ -82,7 +82,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
             "has_chat_template": read_chat_template(folder) is not None,
             "shards": checkpoint.shards,
             "target": None,
-            "scheme": "float",
+            "scheme": config.quantization.name if config.quantization else "float",
         }
 
 

@@ -44,11 +44,14 @@ def imported_bit_plan(
     Raises:
         SchemeError: options that would quantize again.
     """
-    if options.bits not in (None, 8) or options.method not in ("auto", "rtn"):
-        given = "--bits 4" if options.bits == 4 else f"--method {options.method}"
+    is_plain = options.bits == 8 and options.method != "gptq"
+    if options.scheme is not None and not is_plain:
+        bits = f"--bits {options.bits}" if options.bits else "a budget of bits"
+        method = "" if options.method == "auto" else f" --method {options.method}"
         raise SchemeError(
             f"the checkpoint is already quantized ({quantization.name}) and its integers are kept, "
-            f"got {given}; leave it out (--bits 8 alone is for embedding and head, which are float)"
+            f"got {bits}{method}; leave it out (--bits 8 alone is for embedding and head, which "
+            "are float)"
         )
     found = {
         unit: schemes.get(unit) if ".layers." in unit else options.scheme

@@ -95,8 +95,11 @@ _OTHER_BITS = {
 
 
 def tolerance_for(scheme: str, dtype: str) -> Tolerance:
-    """The limits for a bundle's scheme (``float``, ``int8-g32``, ...) and float type."""
-    quantized = re.fullmatch(r"int(\d)-g(\d+)", scheme)
+    """The limits for a bundle's scheme (``float``, ``int8-g32``, ...) and float type.
+
+    Zero points of their own (``-zp``) and units with other schemes (``-mixed``) change no limit.
+    """
+    quantized = re.fullmatch(r"int(\d)-g(\d+)(-zp)?(-mixed)?", scheme)
     if quantized is None:
         return _FLOAT32 if dtype == "float32" else _HALF
     bits, group_size = int(quantized[1]), int(quantized[2])

@@ -27,6 +27,13 @@ def test_every_scheme_that_a_folder_may_have_has_limits(scheme: str, dtype: str)
     assert limits.greedy_against == "bundle"
 
 
+@pytest.mark.parametrize("suffix", ["-zp", "-mixed", "-zp-mixed"])
+def test_zero_points_and_mixtures_have_the_limits_of_their_bits(suffix: str) -> None:
+    """They had those of floats, which no quantized bundle keeps."""
+    for scheme in ("int4-g32", "int4-g128", "int8-g32"):
+        assert tolerance_for(scheme + suffix, "float32") == tolerance_for(scheme, "float32")
+
+
 def test_float32_alone_is_held_to_transformers_text_and_to_a_largest_difference() -> None:
     exact = tolerance_for("float", "float32")
     assert exact.greedy_against == "transformers"
