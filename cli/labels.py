@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwen2x.cli.plot import BOTTOM, LEFT, RIGHT, TOP, Dot, Label
+from qwen2x.cli.plot import BOTTOM, LEFT, LETTER, RIGHT, TOP, Dot, Label
 
 _LONGEST = 22
-_LETTER, _LINE = 7.4, 15
+_LINE = 15
 _RADIUS = 7
 # Lines sideways of the point, then above and below, and farther sideways there.
 _STEPS = (0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5)
@@ -37,7 +37,7 @@ def shorten(name: str) -> str:
 
 def box_of(label: Label) -> Box:
     """About the place that a label takes: left, top, right, bottom."""
-    width = _LETTER * len(label.text)
+    width = LETTER * len(label.text)
     left = label.x if label.anchor == "start" else label.x - width
     return left, label.y - 12, left + width, label.y + 3
 

@@ -44,7 +44,8 @@ by position, on {{ page.text.tokens }} tokens of {{ page.text.name }} text in wi
 {% call(one) row("largest") %}{{ one.kl_max|figure }} nats{% endcall %}
 {% call(one) row("same likeliest token") %}{{ one.top1_agreement|figure(".2%") }}{% endcall %}
 {% call(one) row("perplexity") %}{{ one.perplexity|figure(".4f") }}{% endcall %}
-{% call(one) row("the original's") %}{{ one.perplexity_reference|figure(".4f") }}{% endcall %}
+{% call(one) row("the original's perplexity") %}
+{{- one.perplexity_reference|figure(".4f") }}{% endcall %}
 {% call(one) row("ran on") %}{{ one.ran_on }}{% endcall %}
 </tbody>
 </table>

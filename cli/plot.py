@@ -13,6 +13,8 @@ from qwen2x.cli.scale import Scale
 # Drawn for the width of a phone: a wider plot would have unreadable letters there.
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 466, 30, 250
+# About the width of a letter of the page's font.
+LETTER = 7.6
 _SVG = """\
 <svg viewBox="0 0 {{ width }} {{ height }}" role="img" \
 aria-labelledby="{{ plot.key }}-title {{ plot.key }}-desc">
@@ -23,7 +25,7 @@ aria-labelledby="{{ plot.key }}-title {{ plot.key }}-desc">
 <text x="{{ left - 6 }}" y="{{ at + 4.5 }}" text-anchor="end">{{ label }}</text>
 {% endfor %}{% for at, label in plot.x.ticks() %}\
 <line class="tick" x1="{{ at }}" x2="{{ at }}" y1="{{ bottom }}" y2="{{ bottom + 5 }}"/>\
-<text x="{{ at }}" y="{{ bottom + 20 }}" text-anchor="middle">{{ label }}</text>
+<text x="{{ inside(at, label) }}" y="{{ bottom + 20 }}" text-anchor="middle">{{ label }}</text>
 {% endfor %}\
 <line class="tick" x1="{{ left }}" x2="{{ right }}" y1="{{ bottom }}" y2="{{ bottom }}"/>
 <text class="name" x="2" y="14">{{ plot.y_name }}</text>
@@ -111,4 +113,9 @@ class Plot:
         template = Environment(autoescape=True).from_string(_SVG)
         size = {"width": WIDTH, "height": HEIGHT}
         edges = {"left": LEFT, "right": RIGHT, "bottom": BOTTOM}
-        return Markup(template.render(plot=self, **size, **edges))
+        return Markup(template.render(plot=self, inside=_inside, **size, **edges))
+
+
+def _inside(middle: float, label: str) -> float:
+    """A little to the left where a label would leave the picture."""
+    return min(middle, WIDTH - LETTER / 2 * len(label))

@@ -67,6 +67,31 @@ def test_people_see_a_table(call: Call, example: Path, int4_bundle: Path) -> Non
         assert word in text
 
 
+def test_recorded_quality_is_one_line(call: Call, int4_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(int4_bundle, tmp_path / "bundle")
+    path = bundle / "qwen2x.json"
+    manifest = json.loads(path.read_text())
+    figures = {
+        "kl_mean": 0.01234, "kl_p99": None, "top1_agreement": 0.9375, "perplexity": 12.5,
+        "perplexity_reference": 12.25,
+    }  # fmt: skip
+    text = {"name": "prose.txt", "tokens": 1024, "window": 512, "sha256": "0"}
+    shown = "KL 0.0123 (p99 not finite), same top token 93.8%, perplexity 12.50 (original 12.25)"
+    for quality, line in (
+        ({}, "not validated yet: qwen2x validate"),
+        ({"estimate": figures}, f"estimated while exporting: {shown}"),
+        ({"estimate": {"kl_mean": 1}}, "estimated while exporting: KL 1 (p99 not finite), same"),
+        (figures | {"verdict": "fail"}, f"fail, {shown}"),
+        (
+            figures | {"verdict": "pass", "text": text, "estimate": {"kl_mean": 1}},
+            f"pass, {shown}, on 1024 tokens of prose.txt text",
+        ),
+    ):
+        path.write_text(json.dumps(manifest | {"quality": quality}))
+        (row,) = [row for row in call("inspect", bundle).out.splitlines() if "quality  " in row]
+        assert row.split(maxsplit=1)[1].startswith(line)
+
+
 def test_yarn_is_shown(call: Call, tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     source = write_tiny_checkpoint(tmp_path / "yarn", rope_scaling=yarn)
