@@ -32,11 +32,26 @@ if TYPE_CHECKING:
 @click.option(
     "--method", type=click.Choice(["auto", "rtn", "gptq"]), default="auto", show_default=True,
     help="How to quantize. rtn: round to scales of least squared error, in seconds. gptq: fitted "
-    "to a text, layer by layer, in minutes; clearly closer to the original. auto: rtn.",
+    "to a text, layer by layer, in minutes; clearly closer to the original. auto: gptq for 4 bits "
+    "and budgets, else rtn.",
 )  # fmt: skip
 @click.option(
-    "--calibration", type=click.Path(), help="The text that gptq fits to. Default: a built-in mix."
-)
+    "--bits-per-weight", type=float,
+    help="In place of --bits: a budget of stored bits over all weights, such as 4.6, spent where "
+    "measurements say that it matters.",
+)  # fmt: skip
+@click.option(
+    "--max-bytes", type=int,
+    help="The same budget in bytes, for weights and graph (without tokenizer files).",
+)  # fmt: skip
+@click.option(
+    "--asymmetric", is_flag=True,
+    help="4-bit groups may have zero points of their own: closer for their size, slower on CPUs.",
+)  # fmt: skip
+@click.option(
+    "--calibration", type=click.Path(),
+    help="The text to measure with and to fit to. Default: a built-in mix.",
+)  # fmt: skip
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]),
     help="What an ONNX graph is built for. Default: cpu. An MLX folder is for every device.",
@@ -54,7 +69,7 @@ def command(
     source: str,
     out: Path | None,
     bits: str | None,
-    group_size: str,
+    group_size: str | None,
     revision: str | None,
     dry_run: bool,
     force: bool,
@@ -69,8 +84,14 @@ def command(
     """
     from qwen2x.exporters.options import Options
 
-    _refuse_without_bits(bits)
-    chosen = Options(bits=int(bits) if bits else None, group_size=int(group_size), **options)
+    has_budget = options["bits_per_weight"] is not None or options["max_bytes"] is not None
+    if bits is None and not has_budget:
+        _refuse_without_bits()
+    chosen = Options(
+        bits=int(bits) if bits else None,
+        group_size=int(group_size) if group_size else None,
+        **options,
+    )
     if dry_run:
         _dry_run(source, chosen, revision, as_json)
         return
@@ -137,21 +158,22 @@ def _print(source: str, done: Export, result: dict[str, Any]) -> None:
     )
 
 
-def _refuse_without_bits(bits: str | None) -> None:
+def _refuse_without_bits() -> None:
     """Options of quantization that were given, but would have no effect."""
     context = click.get_current_context()
     given = [
         f"--{name.replace('_', '-')}"
-        for name in ("group_size", "method", "calibration")
+        for name in ("group_size", "method", "calibration", "asymmetric")
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     ]
-    if given and bits is None:
+    if given:
         raise click.UsageError(f"{' and '.join(given)} needs --bits 4 or --bits 8", context)
 
 
 def _dry_run(source: str, options: Options, revision: str | None, as_json: bool) -> None:
-    from qwen2x.exporters.bundle_writer import estimate_peak_memory, planned_files
+    from qwen2x.exporters.bundle_writer import estimate_peak_memory
     from qwen2x.exporters.config import read_config
+    from qwen2x.exporters.export_plan import planned_files
     from qwen2x.exporters.exporter import plan_export
     from qwen2x.exporters.hub import resolve_source
     from qwen2x.exporters.weights import bits_per_weight

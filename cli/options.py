@@ -48,14 +48,12 @@ quantize_options = _together(
     click.option(
         "--bits",
         type=click.Choice(["4", "8"]),
-        help="Quantize; with 4, q, k, v, embedding and head have 8. Default: float weights.",
+        help="Quantize. 4: mostly; what loses most by it has 8. Default: float weights.",
     ),
     click.option(
         "--group-size",
         type=click.Choice(["32", "64", "128"]),
-        default="32",
-        show_default=True,
-        help="Weights that share a scale.",
+        help="Weights that share a scale. Default: what measurements say for 4 bits, else 32.",
     ),
     click.option(
         "--dtype",
@@ -262,7 +260,7 @@ def _bundle_of(
     device: str,
     revision: str | None,
     bits: str | None,
-    group_size: str,
+    group_size: str | None,
     dtype: str | None,
 ) -> Path:
     from qwen2x.exporters.bundle_cache import cached_bundle
@@ -273,7 +271,7 @@ def _bundle_of(
         device=_graph_device(device) if target == "onnx" else None,
         dtype=dtype,
         bits=int(bits) if bits else None,
-        group_size=int(group_size),
+        group_size=int(group_size) if group_size else None,
     )
     with byte_progress("exporting (once)") as progress:
         folder = cached_bundle(model, options, revision=revision, progress=progress)

@@ -62,21 +62,20 @@ def figure_text(value: float | None, form: str = ".3g") -> str:
     return format(value, form) if value is not None and math.isfinite(value) else "not finite"
 
 
-def layer_progress(*, quiet: bool = False) -> Callable[[int, int], None]:
-    """Tells of layers that are done, and of the time left, on standard error."""
-    started = time.monotonic()
-    first: list[int] = []
+def layer_progress(*, quiet: bool = False) -> Callable[[str, int, int], None]:
+    """Tells what is done to layers, and of the time left, on standard error."""
+    started: dict[str, tuple[float, int]] = {}
 
-    def show(done: int, total: int) -> None:
-        first.append(done)
-        fresh = done - first[0]
+    def show(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        begun, already = started.setdefault(stage, (now, done))
         if quiet:
             return
-        if not fresh:
-            log(f"calibrating {total} layers" + (f", {done} are done already" if done else ""))
+        if done == already:
+            log(f"{total} layers to be {stage}" + (f", {done} are already" if done else ""))
             return
-        left = (time.monotonic() - started) / fresh * (total - done)
-        log(f"calibrated layer {done} of {total}, {left / 60:.1f} minutes left")
+        left = (now - begun) / (done - already) * (total - done)
+        log(f"{stage} layer {done} of {total}, {left / 60:.1f} minutes left")
 
     return show
 

@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,81 +19,32 @@ from qwen2x.exporters.bundle import FORMAT_VERSION, describe_files, sha256_of, w
 from qwen2x.exporters.calibration import (
     Calibration,
     OnLayer,
-    calibrate,
     calibration_memory,
     is_calibration_file,
     read_calibration,
 )
 from qwen2x.exporters.checkpoint import Checkpoint, open_checkpoint
 from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.export_plan import Plan, planned_files
+from qwen2x.exporters.measuring import measuring_memory
 from qwen2x.exporters.model_card import CARD_FILE, model_card
 from qwen2x.exporters.options import Options, version
+from qwen2x.exporters.quantizing import prepare_quantizing
 from qwen2x.exporters.staging import KEY_FILE, require_space, stage_folder
 from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES, require_tokenizer_fits
 from qwen2x.exporters.weight_writer import (
     CHUNK_ELEMENTS,
     JOURNAL,
     Progress,
-    Quantizer,
-    plain_quantizer,
     write_weights,
 )
-from qwen2x.exporters.weights import DataFile, Weight, bits_per_weight, by_kind
+from qwen2x.exporters.weights import DataFile, bits_per_weight, by_kind
 from qwen2x.quantize.errors import BundleError
-from qwen2x.quantize.groups import QuantizedMatrix
 from qwen2x.quantize.plan import BitPlan
-from qwen2x.quantize.scheme import Scheme
 
 # What Python, NumPy and onnx occupy, and what one worker's chunk needs in all its forms.
 _BASE_MEMORY = 130 << 20
 _WORKERS, _BYTES_PER_CHUNK_ELEMENT = 4, 20
-
-
-class Plan(Protocol):
-    """What an export to one target will write; made without reading a weight."""
-
-    @property
-    def config(self) -> Qwen2Config:
-        """The model."""
-        ...
-
-    @property
-    def options(self) -> Options:
-        """What was chosen."""
-        ...
-
-    @property
-    def bit_plan(self) -> BitPlan:
-        """The scheme of every matrix."""
-        ...
-
-    @property
-    def weights(self) -> Sequence[Weight]:
-        """Every weight, with its place in the data files."""
-        ...
-
-    @property
-    def data_files(self) -> Sequence[DataFile]:
-        """The files that hold the weights."""
-        ...
-
-    @property
-    def structure_files(self) -> Mapping[str, int]:
-        """Bytes of the larger files beside them: a graph, or an index."""
-        ...
-
-    def write_structure(self, staging: Path) -> dict[str, Any]:
-        """Writes what describes the model to those who load it; gives what the manifest adds."""
-        ...
-
-    def manifest(self) -> dict[str, Any]:
-        """The target's own part of the manifest."""
-        ...
-
-
-def planned_files(plan: Plan) -> dict[str, int]:
-    """Bytes of weights and of what describes them, by file name."""
-    return {**plan.structure_files, **{file.name: file.size for file in plan.data_files}}
 
 
 def estimate_peak_memory(plan: Plan) -> int:
@@ -103,14 +54,18 @@ def estimate_peak_memory(plan: Plan) -> int:
     """
     chunk = max(CHUNK_ELEMENTS, *(weight.columns for weight in plan.weights))
     writing = 2 * _WORKERS * chunk * _BYTES_PER_CHUNK_ELEMENT
-    calibrating = calibration_memory(plan.config) if plan.options.is_calibrated else 0
-    return _BASE_MEMORY + max(writing, calibrating)
+    reading = 0
+    if plan.options.is_calibrated:
+        reading = calibration_memory(plan.config)
+    if plan.options.is_planned:
+        reading = max(reading, measuring_memory(plan.config))
+    return _BASE_MEMORY + max(writing, reading)
 
 
 def write_bundle(
     folder: Path,
     out: Path,
-    make_plan: Callable[[Checkpoint], Plan],
+    make_plan: Callable[[Checkpoint, BitPlan | None], Plan],
     options: Options,
     *,
     source_id: str,
@@ -120,12 +75,22 @@ def write_bundle(
 ) -> dict[str, Any]:
     """Writes the bundle and gives its manifest.
 
+    Args:
+        folder: of the checkpoint.
+        out: the bundle's.
+        make_plan: gives what will be written, with schemes of its own or those that it is given.
+        options: what was chosen.
+        source_id: what the manifest calls the source.
+        force: replace an existing folder.
+        progress: told of bytes written, and bytes in all.
+        on_layer: told of layers that are measured or rounded.
+
     Raises:
         InputError: everything that is the user's to mend; nothing is left behind then.
     """
     started = time.monotonic()
     with open_checkpoint(folder) as checkpoint:
-        plan = make_plan(checkpoint)
+        plan = make_plan(checkpoint, None)
         require_tokenizer_fits(folder, checkpoint.config.vocab_size)
         _require_source_outside(checkpoint, out)
         require_space(out, sum(planned_files(plan).values()))
@@ -137,16 +102,26 @@ def write_bundle(
             "version": version(),
         }
         with stage_folder(out, key, force=force) as staging, _source_hashes(checkpoint) as hashes:
+            ready = prepare_quantizing(
+                checkpoint,
+                plan,
+                lambda bit_plan: make_plan(checkpoint, bit_plan),
+                calibration,
+                staging,
+                on_layer,
+            )
+            plan = ready.plan
             _keep_only_weights(staging, plan.data_files)
-            quantizer = plain_quantizer(checkpoint)
-            if calibration is not None:
-                quantizer = _calibrated(checkpoint, calibration, plan.bit_plan, staging, on_layer)
-            write_weights(checkpoint, plan.weights, plan.data_files, staging, progress, quantizer)
+            write_weights(
+                checkpoint, plan.weights, plan.data_files, staging, progress, ready.quantizer
+            )
             _copy_companions(folder, staging)
             added = plan.write_structure(staging)
             sha256 = {name: future.result() for name, future in hashes.items()}
             manifest = _manifest(plan, {"id": source_id, "sha256": sha256}) | added
             manifest["calibration"] = calibration.to_json() if calibration else None
+            if ready.estimate is not None:
+                manifest["quality"] = {"estimate": ready.estimate}
             calibration_files = {name for name in os.listdir(staging) if is_calibration_file(name)}
             not_promised = {KEY_FILE, JOURNAL, *calibration_files}
             manifest["files"] = describe_files(staging, without=not_promised)
@@ -162,28 +137,10 @@ def write_bundle(
 
 
 def _calibration(checkpoint: Checkpoint, options: Options) -> Calibration | None:
-    if not options.is_calibrated:
+    if not options.reads_text:
         return None
     path = None if options.calibration is None else Path(options.calibration)
     return read_calibration(checkpoint.folder, path, checkpoint.config)
-
-
-def _calibrated(
-    checkpoint: Checkpoint,
-    calibration: Calibration,
-    bit_plan: BitPlan,
-    staging: Path,
-    on_layer: OnLayer,
-) -> Quantizer:
-    """Rounds the layers' matrices now; gives what hands them out, and rounds others plainly."""
-    matrices = calibrate(checkpoint, calibration, bit_plan.scheme_of, staging, on_layer)
-    plain = plain_quantizer(checkpoint)
-
-    def quantizer(name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
-        rows = matrices.rows if name in matrices else plain
-        return rows(name, start, stop, scheme)
-
-    return quantizer
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -251,6 +208,7 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
         "method": config.quantization.method if config.quantization else _method(options),
         "imported": asdict(config.quantization) if config.quantization else None,
         "schemes": plan.bit_plan.summary(),
+        "bit_plan": plan.bit_plan.to_json() if plan.bit_plan.is_mixed else None,
         "parameters": config.parameters,
         "bits_per_weight": round(bits_per_weight(plan.weights), 4),
         "by_kind": by_kind(plan.weights),
@@ -271,7 +229,7 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _method(options: Options) -> str:
-    if options.scheme is None:
+    if not options.is_quantized:
         return "none"
     return "gptq" if options.is_calibrated else "rtn"
 

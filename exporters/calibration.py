@@ -26,33 +26,44 @@ from qwen2x.exporters.config import Qwen2Config
 from qwen2x.quantize.calibrate import SchemeOf, Streams, calibrate_layer
 from qwen2x.quantize.decoder import Shape
 from qwen2x.quantize.errors import RequestError
-from qwen2x.quantize.groups import QuantizedMatrix, dequantize, quantize
+from qwen2x.quantize.groups import Float, QuantizedMatrix, dequantize
 from qwen2x.quantize.packing import pack_bytes, unpack_bytes
+from qwen2x.quantize.plan import EMBEDDING
 from qwen2x.quantize.scheme import Scheme
 
+# Gives rows [rows, columns] as codes and scales.
+RoundRows = Callable[[Float, Scheme], QuantizedMatrix]
 Windows = NDArray[np.int64]
-OnLayer = Callable[[int, int], None]
+# Told what is done to layers ("measured" or "rounded"), how many are done, and of how many.
+OnLayer = Callable[[str, int, int], None]
 PREFIX = "calibration-"
 _STREAMS = f"{PREFIX}streams.safetensors"
 _WINDOW = 512
 _MOST_WINDOWS = 48
 _LEAST_TOKENS = 2048
+# Windows that nothing is fitted to, so that they tell what was lost: one of so many, few in all.
+_HELD_OUT_SHARE, _MOST_HELD_OUT = 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Windows of text int64 [windows, tokens] that quantization is fitted to.
 
-    ``name`` is what the manifest calls it.
+    Attributes:
+        windows: the text.
+        held_out: windows that nothing is fitted to, int64 [some, tokens].
+        name: what the manifest calls it.
     """
 
     windows: Windows
+    held_out: Windows
     name: str
 
     @property
     def sha256(self) -> str:
         """Of the token ids."""
-        return hashlib.sha256(np.ascontiguousarray(self.windows).tobytes()).hexdigest()
+        both = np.concatenate([self.windows, self.held_out])
+        return hashlib.sha256(np.ascontiguousarray(both).tobytes()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -72,7 +83,7 @@ def read_calibration(folder: Path, path: Path | None, config: Qwen2Config) -> Ca
     """
     tokenizer = _open_tokenizer(folder / "tokenizer.json")
     texts = _built_in() if path is None else [_read(path)]
-    window = min(_WINDOW, config.rope.max_position_embeddings)
+    window = window_of(config)
     rows: list[list[int]] = []
     count = 0
     for text in texts:
@@ -85,9 +96,15 @@ def read_calibration(folder: Path, path: Path | None, config: Qwen2Config) -> Ca
             "add to it, or use --method rtn"
         )
     # Of every part of the mix a share, in an order that is always the same.
-    order = np.random.default_rng(0).permutation(len(rows))[:_MOST_WINDOWS]
-    windows = np.array([rows[index] for index in sorted(order)], np.int64)
-    return Calibration(windows=windows, name="built-in mix" if path is None else path.name)
+    order = np.random.default_rng(0).permutation(len(rows))
+    held_out = min(_MOST_HELD_OUT, len(rows) // _HELD_OUT_SHARE)
+    used = order[held_out : held_out + _MOST_WINDOWS]
+    all_rows = np.array(rows, np.int64)
+    return Calibration(
+        windows=all_rows[np.sort(used)],
+        held_out=all_rows[np.sort(order[:held_out])],
+        name="built-in mix" if path is None else path.name,
+    )
 
 
 def _open_tokenizer(path: Path) -> Tokenizer:
@@ -162,20 +179,42 @@ def calibrate(
     checkpoint: Checkpoint,
     calibration: Calibration,
     scheme_of: SchemeOf,
+    round_table: RoundRows,
     staging: Path,
     on_layer: OnLayer,
-) -> CalibratedMatrices:
+) -> tuple[CalibratedMatrices, Streams]:
     """Rounds every layer, or those that an interrupted run left to do.
 
     Args:
         checkpoint: the float weights.
         calibration: the text.
         scheme_of: gives a matrix's scheme by its module path.
+        round_table: rounds rows of the embedding.
         staging: where codes and activations are kept.
-        on_layer: told how many layers are done, and how many there are.
+        on_layer: told of layers that are done.
+
+    Returns:
+        The matrices, and both streams of the windows that were held out, behind the last layer.
     """
-    config = checkpoint.config
-    shape = Shape(
+    layers, shape = checkpoint.config.num_hidden_layers, shape_of(checkpoint.config)
+    done, streams = _restore(staging) or (0, None)
+    if streams is None:
+        streams = _embed(checkpoint, calibration, scheme_of, round_table)
+    on_layer("rounded", done, layers)
+    for layer in range(done, layers):
+        prefix = f"model.layers.{layer}."
+        matrices = calibrate_layer(prefix, checkpoint.rows, scheme_of, shape, streams)
+        save_arrays(_layer_file(staging, layer), _stored(matrices))
+        states = {"exact": streams.exact, "rounded": streams.rounded}
+        sizes = np.array([layer + 1, streams.held_out])
+        save_arrays(staging / _STREAMS, states | {"sizes": sizes})
+        on_layer("rounded", layer + 1, layers)
+    return CalibratedMatrices(staging), streams
+
+
+def shape_of(config: Qwen2Config) -> Shape:
+    """The numbers that a layer is computed with."""
+    return Shape(
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -183,27 +222,29 @@ def calibrate(
         inverse_frequencies=config.rope.inverse_frequencies(),
         attention_factor=config.rope.attention_factor,
     )
-    done, streams = _restore(staging) or (0, None)
-    if streams is None:
-        streams = _embed(checkpoint, calibration, scheme_of)
-    on_layer(done, config.num_hidden_layers)
-    for layer in range(done, config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        matrices = calibrate_layer(prefix, checkpoint.rows, scheme_of, shape, streams)
-        _save(_layer_file(staging, layer), _stored(matrices))
-        states = {"exact": streams.exact, "rounded": streams.rounded}
-        _save(staging / _STREAMS, states | {"layers": np.array([layer + 1])})
-        on_layer(layer + 1, config.num_hidden_layers)
-    return CalibratedMatrices(staging)
+
+
+def embedding_rows(checkpoint: Checkpoint, windows: Windows) -> tuple[Float, NDArray[np.int64]]:
+    """The rows that a text uses, float32 [used, hidden], and which of them each token has."""
+    name = "model.embed_tokens.weight"
+    used, places = np.unique(windows, return_inverse=True)
+    rows = np.concatenate([checkpoint.rows(name, int(token), int(token) + 1) for token in used])
+    return rows, places.reshape(windows.shape)
+
+
+def window_of(config: Qwen2Config) -> int:
+    """Tokens that are read at once."""
+    return min(_WINDOW, config.rope.max_position_embeddings)
 
 
 def calibration_memory(config: Qwen2Config) -> int:
     """An estimate of the bytes that calibration holds at its peak, with the longest text."""
-    window = min(_WINDOW, config.rope.max_position_embeddings)
+    window = window_of(config)
     hidden = config.hidden_size
     widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, hidden)
     # Both streams, their inputs and outputs; moments and their factor; a matrix and its trials.
-    activations = 4 * _MOST_WINDOWS * window * (7 * hidden + 6 * widest)
+    windows = _MOST_WINDOWS + _MOST_HELD_OUT
+    activations = 4 * windows * window * (7 * hidden + 6 * widest)
     return activations + 40 * widest**2 + 64 * hidden * widest
 
 
@@ -222,21 +263,21 @@ def _restore(staging: Path) -> tuple[int, Streams] | None:
     if not path.is_file():
         return None
     states = load_file(path)
-    done = int(states["layers"][0])
+    done, held_out = (int(size) for size in states["sizes"])
     if not all(_layer_file(staging, layer).is_file() for layer in range(done)):
         return None
-    return done, Streams(exact=states["exact"], rounded=states["rounded"])
+    return done, Streams(exact=states["exact"], rounded=states["rounded"], held_out=held_out)
 
 
-def _embed(checkpoint: Checkpoint, calibration: Calibration, scheme_of: SchemeOf) -> Streams:
+def _embed(
+    checkpoint: Checkpoint, calibration: Calibration, scheme_of: SchemeOf, round_table: RoundRows
+) -> Streams:
     """The rows of the embedding that the text names, as floats and rounded."""
-    name = "model.embed_tokens.weight"
-    used, places = np.unique(calibration.windows, return_inverse=True)
-    rows = np.concatenate([checkpoint.rows(name, int(token), int(token) + 1) for token in used])
-    scheme = scheme_of("model.embed_tokens")
-    rounded = rows if scheme is None else dequantize(quantize(rows, scheme))
-    places = places.reshape(calibration.windows.shape)
-    return Streams(exact=rows[places], rounded=rounded[places])
+    windows = np.concatenate([calibration.windows, calibration.held_out])
+    rows, places = embedding_rows(checkpoint, windows)
+    scheme = scheme_of(EMBEDDING)
+    rounded = rows if scheme is None else dequantize(round_table(rows, scheme))
+    return Streams(exact=rows[places], rounded=rounded[places], held_out=len(calibration.held_out))
 
 
 def _stored(matrices: Mapping[str, QuantizedMatrix]) -> dict[str, NDArray[Any]]:
@@ -249,7 +290,7 @@ def _stored(matrices: Mapping[str, QuantizedMatrix]) -> dict[str, NDArray[Any]]:
     return stored
 
 
-def _save(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Written beside its place and renamed, so that a killed run leaves whole files."""
     temporary = path.with_name(f"{path.name}.new")
     # Not save_file, whose errors do not tell a full disk from a fault.

@@ -14,7 +14,7 @@ from qwen2x.quantize.scheme import Scheme
 
 TARGETS = ("onnx", "mlx")
 DEFAULT_GROUP_SIZE = 32
-# auto is the best that there is: today rounding to scales of least squared error.
+# auto: gptq for 4 bits and for budgets, else rtn.
 METHODS = ("auto", "rtn", "gptq")
 
 # What loses most by rounding, by the end of its path.
@@ -30,8 +30,12 @@ class Options:
         device: ``cpu`` or ``cuda``, which an ONNX graph is built for (None: cpu). An MLX folder is
             for every device.
         dtype: float type of what is not quantized, and of activations; None is the target's choice.
-        bits: 4 or 8, or None for floats.
-        group_size: weights that share a scale.
+        bits: 4 or 8, or None for floats (or for what a budget decides).
+        group_size: weights that share a scale; None leaves it to a measured plan, or is 32.
+        bits_per_weight: a budget of all stored bytes over all weights, which a plan of 4 and 8 bits
+            spends.
+        max_bytes: the same, for weights and what describes them to their runtime.
+        asymmetric: a plan may also choose 4-bit groups with zero points of their own.
         method: ``auto``, ``rtn`` or ``gptq``.
         calibration: the text file that gptq fits to; None is the mix that ships with qwen2x.
         max_context: positions to prepare for; None is all that the model can.
@@ -42,7 +46,10 @@ class Options:
     device: str | None = None
     dtype: str | None = None
     bits: int | None = None
-    group_size: int = DEFAULT_GROUP_SIZE
+    group_size: int | None = None
+    bits_per_weight: float | None = None
+    max_bytes: int | None = None
+    asymmetric: bool = False
     method: str = "auto"
     calibration: str | None = None
     max_context: int | None = None
@@ -53,24 +60,64 @@ class Options:
             raise BackendError(f"target must be {' or '.join(TARGETS)}, got {self.target!r}")
         if self.method not in METHODS:
             raise SchemeError(f"method must be {' or '.join(METHODS)}, got {self.method!r}")
-        if self.calibration is not None and not self.is_calibrated:
+        self._require_sound_budget()
+        if self.calibration is not None and not self.reads_text:
             raise SchemeError(
-                "--calibration is for --method gptq with --bits; add them, or leave it out"
+                "--calibration is for --bits 4, --method gptq and budgets; add one, or leave it out"
             )
         if self.graph and self.target != "mlx":
             raise BackendError("--graph is for --to mlx; an ONNX bundle is a graph: leave it out")
 
+    def _require_sound_budget(self) -> None:
+        budgets = {"--bits-per-weight": self.bits_per_weight, "--max-bytes": self.max_bytes}
+        given = [name for name, value in budgets.items() if value is not None]
+        if len(given) == 2:
+            raise SchemeError(f"{' and '.join(given)} are two budgets; give one of them")
+        for name in given:
+            if not budgets[name] > 0:  # type: ignore[operator]  # NaN too
+                raise SchemeError(f"{name} must be above 0, got {budgets[name]}")
+            if self.bits == 8 or self.group_size is not None:
+                other = "--bits 8" if self.bits == 8 else f"--group-size {self.group_size}"
+                raise SchemeError(f"{name} chooses bits and groups itself; leave out {other}")
+        if self.asymmetric and not self.is_planned:
+            raise SchemeError(
+                "--asymmetric is for --bits 4 without --group-size, or a budget; leave it out"
+            )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether bytes are limited."""
+        return self.bits_per_weight is not None or self.max_bytes is not None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether matrices become integers."""
+        return self.bits is not None or self.has_budget
+
     @property
     def scheme(self) -> Scheme | None:
-        """For the layers' matrices but q, k and v; None is float."""
-        if self.bits is None:
+        """For the layers' matrices but q, k and v, as far as no plan decides; None is float."""
+        if not self.is_quantized:
             return None
-        return Scheme(bits=self.bits, group_size=self.group_size)
+        return Scheme(bits=self.bits or 4, group_size=self.group_size or DEFAULT_GROUP_SIZE)
 
     @property
     def is_calibrated(self) -> bool:
         """Whether rounding is fitted to a text."""
-        return self.bits is not None and self.method == "gptq"
+        if self.method == "auto":
+            return self.bits == 4 or self.has_budget
+        return self.is_quantized and self.method == "gptq"
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether measurements decide which matrix gets which scheme."""
+        is_preset = self.bits == 4 and self.group_size is None and self.is_calibrated
+        return self.has_budget or is_preset
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a text is read, to measure or to round."""
+        return self.is_calibrated or self.is_planned
 
     def bit_plan(self, config: Qwen2Config) -> BitPlan:
         """The scheme of every matrix, as far as no measurement decides."""
@@ -89,10 +136,10 @@ class Options:
         for a sixth fewer bytes. Groups of 128 where they fit: at 8 bits smaller ones gain nothing,
         and the head is read whole for every token.
         """
-        if self.bits in (None, 8):
+        if self.scheme is None or self.bits == 8:
             return self.scheme
         fits = config.hidden_size % 128 == 0
-        return Scheme(bits=8, group_size=128 if fits else self.group_size)
+        return Scheme(bits=8, group_size=128 if fits else self.scheme.group_size)
 
     def context_of(self, config: Qwen2Config) -> int:
         """Positions to prepare for.

@@ -9,12 +9,13 @@ what it gave for the first one's, so that it also makes up for what was lost bef
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
 from qwen2x.quantize.decoder import Shape, activate, attend, norm
-from qwen2x.quantize.gptq import Moments, gather_moments, round_compensated
+from qwen2x.quantize.gptq import gather_moments, round_compensated
 from qwen2x.quantize.groups import Float, QuantizedMatrix, dequantize
 from qwen2x.quantize.scheme import Scheme
 
@@ -30,10 +31,14 @@ SchemeOf = Callable[[str], Scheme | None]
 
 @dataclass
 class Streams:
-    """Hidden states float32 [windows, tokens, hidden]: through float weights, and rounded ones."""
+    """Hidden states float32 [windows, tokens, hidden]: through float weights, and rounded ones.
+
+    Nothing is fitted to the last ``held_out`` windows.
+    """
 
     exact: Float
     rounded: Float
+    held_out: int = 0
 
 
 # What overflows is met, and refused, in the moments.
@@ -60,18 +65,22 @@ def calibrate_layer(
     layer = _Layer(prefix=prefix, tensor=tensor, scheme_of=scheme_of)
     epsilon = shape.rms_norm_eps
     weight = tensor(f"{prefix}input_layernorm.weight")
-    inputs = Streams(
-        exact=norm(streams.exact, weight, epsilon), rounded=norm(streams.rounded, weight, epsilon)
+    inputs = replace(
+        streams,
+        exact=norm(streams.exact, weight, epsilon),
+        rounded=norm(streams.rounded, weight, epsilon),
     )
     exact, rounded = layer.run(_QKV, inputs, has_bias=True)
-    mixed = Streams(exact=attend(exact, shape), rounded=attend(rounded, shape))
+    mixed = replace(streams, exact=attend(exact, shape), rounded=attend(rounded, shape))
     _add(streams, layer.run(("self_attn.o_proj",), mixed))
     weight = tensor(f"{prefix}post_attention_layernorm.weight")
-    inputs = Streams(
-        exact=norm(streams.exact, weight, epsilon), rounded=norm(streams.rounded, weight, epsilon)
+    inputs = replace(
+        streams,
+        exact=norm(streams.exact, weight, epsilon),
+        rounded=norm(streams.rounded, weight, epsilon),
     )
     exact, rounded = layer.run(_GATE_UP, inputs)
-    inner = Streams(exact=activate(*exact), rounded=activate(*rounded))
+    inner = replace(streams, exact=activate(*exact), rounded=activate(*rounded))
     _add(streams, layer.run(("mlp.down_proj",), inner))
     return layer.matrices
 
@@ -94,39 +103,53 @@ class _Layer:
     ) -> tuple[list[Float], list[Float]]:
         """Rounds matrices that share their inputs; gives what they make of both streams."""
         schemes = [self.scheme_of(self.prefix + module) for module in modules]
-        fit = _fit(inputs) if any(scheme is not None for scheme in schemes) else None
+        fit = _Fit(inputs) if any(scheme is not None for scheme in schemes) else None
         exact, rounded = [], []
         for module, scheme in zip(modules, schemes, strict=True):
             name = f"{self.prefix}{module}.weight"
             weights = kept = self.tensor(name)
+            product = inputs.exact @ weights.T
             if scheme is not None and fit is not None:
-                target = weights + fit.moments.solve(weights @ fit.lost)
+                target = weights + fit.moments.solve(fit.lost(weights, product))
                 self.matrices[name] = round_compensated(target, fit.moments, scheme)
                 kept = dequantize(self.matrices[name])
             bias = self.tensor(f"{self.prefix}{module}.bias") if has_bias else np.float32(0)
-            exact.append(inputs.exact @ weights.T + bias)
+            exact.append(product + bias)
             rounded.append(inputs.rounded @ kept.T + bias)
         return exact, rounded
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Fit:
     """What a stage's inputs say, with x of the exact stream and y of the rounded one.
 
-    Attributes:
-        moments: of y.
-        lost: float32 [columns, columns], the sum of (x - y) y^T, as far as it is to be made up.
-            W x is nearest to (W + W lost moments^-1) y.
+    W x is nearest to (W + W lost moments^-1) y, where lost is the sum of (x - y) y^T and moments
+    that of y y^T. Of lost only a share is made up for.
     """
 
-    moments: Moments
-    lost: Float
+    def __init__(self, inputs: Streams) -> None:
+        self._fitted = len(inputs.rounded) - inputs.held_out
+        columns = inputs.rounded.shape[-1]
+        self._exact = inputs.exact[: self._fitted].reshape(-1, columns)
+        self._rounded = inputs.rounded[: self._fitted].reshape(-1, columns)
+        self.moments = gather_moments(self._rounded.T @ self._rounded)
 
+    def lost(self, weights: Float, product: Float) -> Float:
+        """W lost [rows, columns], as far as it is to be made up for.
 
-def _fit(inputs: Streams) -> _Fit:
-    columns = inputs.rounded.shape[-1]
-    rounded = inputs.rounded.reshape(-1, columns)
-    gap: Float = inputs.exact.reshape(-1, columns) - rounded
-    gap *= MAKE_UP
-    lost = gap.T @ rounded
-    return _Fit(moments=gather_moments(rounded.T @ rounded), lost=lost)
+        Args:
+            weights: W [rows, columns].
+            product: of all exact inputs and W, [windows, tokens, rows].
+        """
+        rows, columns = weights.shape
+        if 2 * rows >= columns:
+            return weights @ self._lost
+        # Few rows: cheaper by way of what they give.
+        gap: Float = product[: self._fitted].reshape(-1, rows) - self._rounded @ weights.T
+        gap *= MAKE_UP
+        return gap.T @ self._rounded
+
+    @cached_property
+    def _lost(self) -> Float:
+        gap: Float = self._exact - self._rounded
+        gap *= MAKE_UP
+        return gap.T @ self._rounded

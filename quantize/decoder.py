@@ -7,7 +7,7 @@ follows transformers (``modeling_qwen2.py``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -36,6 +36,43 @@ class Shape:
     rms_norm_eps: float
     inverse_frequencies: Float
     attention_factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a layer's matrices are multiplied with, float32 [W, S, columns].
+
+    Attributes:
+        normed: of q, k and v; mixed: of o; normed_again: of gate and up; inner: of down.
+    """
+
+    normed: Float
+    mixed: Float
+    normed_again: Float
+    inner: Float
+
+
+def run_layer(x: Float, layer: Mapping[str, Float], shape: Shape) -> tuple[Float, Inputs]:
+    """Hidden states [W, S, hidden] behind a layer, and what its matrices met.
+
+    Args:
+        x: hidden states before it.
+        layer: its tensors by their names within the layer.
+        shape: of the layer.
+    """
+    epsilon = shape.rms_norm_eps
+    normed = norm(x, layer["input_layernorm.weight"], epsilon)
+    projected = [
+        normed @ layer[f"self_attn.{name}_proj.weight"].T + layer[f"self_attn.{name}_proj.bias"]
+        for name in "qkv"
+    ]
+    mixed = attend(projected, shape)
+    x = x + mixed @ layer["self_attn.o_proj.weight"].T
+    normed_again = norm(x, layer["post_attention_layernorm.weight"], epsilon)
+    gate, up = (normed_again @ layer[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    inner = activate(gate, up)
+    x += inner @ layer["mlp.down_proj.weight"].T
+    return x, Inputs(normed=normed, mixed=mixed, normed_again=normed_again, inner=inner)
 
 
 def norm(x: Float, weight: Float, epsilon: float) -> Float:

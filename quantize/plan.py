@@ -7,9 +7,11 @@ scheme, and so is a tied embedding with its head.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+from qwen2x.quantize.errors import SchemeError
 from qwen2x.quantize.scheme import Scheme
 
 # Unit to modules, by their paths within a layer.
@@ -55,18 +57,23 @@ class BitPlan:
 
     @property
     def name(self) -> str:
-        """``float``, ``int4-g32``, or ``int4-g32-mixed`` where other schemes stand beside it."""
+        """``float``, ``int4-g32``, or ``int4-g32-mixed``: most of those with the fewest bits."""
         layers = self.layers
         if layers is None:
             return "float"
-        return f"{layers.name}-mixed" if self.is_mixed else layers.name
+        if not self.is_mixed:
+            return layers.name
+        found = [scheme for scheme in self.schemes.values() if scheme is not None]
+        fewest = min(scheme.bits for scheme in found)
+        lowest = Counter(scheme for scheme in found if scheme.bits == fewest)
+        return f"{lowest.most_common(1)[0][0].name}-mixed"
 
     def to_json(self) -> dict[str, str]:
         """Scheme names by unit path."""
         return {unit: scheme.name if scheme else "float" for unit, scheme in self.schemes.items()}
 
     def summary(self) -> dict[str, str]:
-        """Scheme names by kind of unit; with the number of layers where they differ."""
+        """Scheme names by kind of unit, and in how many layers, where they differ."""
         kinds: dict[str, Counter[str]] = {}
         for unit, name in self.to_json().items():
             kinds.setdefault(unit.rsplit(".", 1)[-1], Counter())[name] += 1
@@ -76,7 +83,65 @@ class BitPlan:
 def _counted(names: Counter[str]) -> str:
     if len(names) == 1:
         return next(iter(names))
-    return ", ".join(f"{name} ({count} layers)" for name, count in names.most_common())
+    return ", ".join(f"{name} x {count}" for name, count in names.most_common())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A scheme for a unit, the bytes that it takes, and the loss that it brings."""
+
+    scheme: Scheme
+    bytes: float
+    loss: float
+
+
+def spend(offers: Mapping[str, Sequence[Offer]], budget: float) -> dict[str, Scheme]:
+    """The scheme of each unit, for a small sum of losses in at most ``budget`` bytes.
+
+    Every unit begins with its smallest offer. Bytes then go where one of them saves the most loss,
+    as far as they reach.
+
+    Args:
+        offers: by unit, one or more.
+        budget: in bytes.
+
+    Raises:
+        SchemeError: the smallest offers are together larger.
+    """
+    ladders = {unit: _ladder(of_unit) for unit, of_unit in offers.items()}
+    chosen = {unit: ladder[0] for unit, ladder in ladders.items()}
+    spent = sum(offer.bytes for offer in chosen.values())
+    if spent > budget:
+        raise SchemeError(f"expected at least {spent:.0f} bytes, got {budget:.0f}")
+    steps = [
+        (_saved_per_byte(low, high), unit, low, high)
+        for unit, ladder in ladders.items()
+        for low, high in pairwise(ladder)
+    ]
+    for _, unit, low, high in sorted(steps, key=lambda step: -step[0]):
+        more = high.bytes - low.bytes
+        if chosen[unit] is low and spent + more <= budget:
+            chosen[unit] = high
+            spent += more
+    return {unit: offer.scheme for unit, offer in chosen.items()}
+
+
+def _ladder(offers: Sequence[Offer]) -> list[Offer]:
+    """Offers by rising bytes, each step of which saves less per byte than the one before."""
+    ladder: list[Offer] = []
+    for offer in sorted(offers, key=lambda item: (item.bytes, item.loss)):
+        if ladder and offer.loss >= ladder[-1].loss:
+            continue
+        while len(ladder) > 1 and (
+            _saved_per_byte(ladder[-1], offer) >= _saved_per_byte(ladder[-2], ladder[-1])
+        ):
+            ladder.pop()
+        ladder.append(offer)
+    return ladder
+
+
+def _saved_per_byte(low: Offer, high: Offer) -> float:
+    return (low.loss - high.loss) / (high.bytes - low.bytes)
 
 
 def units_of(layers: int, *, is_tied: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from qwen2x.quantize.errors import SchemeError
@@ -65,6 +66,18 @@ class Scheme:
             f"group size {self.group_size} does not divide the {columns} columns of {matrix}; "
             f"{advice}"
         )
+
+
+def parse_scheme(name: str) -> Scheme:
+    """The inverse of ``Scheme.name``.
+
+    Raises:
+        SchemeError: no such name.
+    """
+    found = re.fullmatch(r"int(\d+)-g(\d+)(-zp)?", name)
+    if found is None:
+        raise SchemeError(f"expected a scheme such as int4-g32 or int4-g32-zp, got {name!r}")
+    return Scheme(bits=int(found[1]), group_size=int(found[2]), is_symmetric=found[3] is None)
 
 
 def _words(values: tuple[int, ...]) -> str:

@@ -97,7 +97,7 @@ _OTHER_BITS = {
 def tolerance_for(scheme: str, dtype: str) -> Tolerance:
     """The limits for a bundle's scheme (``float``, ``int8-g32``, ...) and float type.
 
-    Zero points of their own (``-zp``) and units with other schemes (``-mixed``) change no limit.
+    A mixed scheme is named after the least of its schemes, whose limits hold.
     """
     quantized = re.fullmatch(r"int(\d)-g(\d+)(-zp)?(-mixed)?", scheme)
     if quantized is None:

@@ -37,7 +37,9 @@ def mlx_float(root: Path, example: Path) -> Path:
 @pytest.fixture(scope="module")
 def mlx_int4(root: Path, example: Path) -> Path:
     """Of the example; not to be changed."""
-    return export(example, "mlx", out=root / "mlx-int4", bits=4, dtype="float32").bundle
+    return export(
+        example, "mlx", out=root / "mlx-int4", bits=4, method="rtn", dtype="float32"
+    ).bundle
 
 
 @pytest.fixture(scope="module")

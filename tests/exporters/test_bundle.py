@@ -25,7 +25,7 @@ Change = Callable[[dict[str, Any]], object]
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bundle")
     source = write_tiny_checkpoint(root / "source", max_shard_bytes=300_000)
-    export(source, out=root / "bundle", bits=4)
+    export(source, out=root / "bundle", bits=4, method="rtn")
     return root / "bundle"
 
 
@@ -38,7 +38,7 @@ def bundle(original: Path, tmp_path: Path) -> Path:
 def with_large_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, original: Path) -> Path:
     """A bundle whose data file counts as large: only samples of it are hashed on opening."""
     monkeypatch.setattr(bundle_module, "_SMALL", 200_000)
-    export(original.parent / "source", out=tmp_path / "large", bits=4)
+    export(original.parent / "source", out=tmp_path / "large", bits=4, method="rtn")
     return tmp_path / "large"
 
 
@@ -111,7 +111,9 @@ def test_the_manifest_holds_what_the_contract_promises(original: Path) -> None:
     assert manifest["outputs"][0] == "logits"
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 8, "group_size": 64}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 4, "method": "rtn"}, {"bits": 8, "group_size": 64}]
+)
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_bits_per_weight_count_every_stored_byte_of_the_matrices(
     is_tied: bool, options: dict[str, int], tmp_path: Path
@@ -132,7 +134,7 @@ def test_bits_per_weight_count_every_stored_byte_of_the_matrices(
 def test_two_exports_of_one_source_are_byte_for_byte_the_same(
     original: Path, tmp_path: Path
 ) -> None:
-    export(original.parent / "source", out=tmp_path / "again", bits=4)
+    export(original.parent / "source", out=tmp_path / "again", bits=4, method="rtn")
     assert manifest_of(tmp_path / "again")["files"] == manifest_of(original)["files"]
 
 
@@ -218,7 +220,7 @@ def test_a_large_file_swapped_for_one_of_its_size_is_noticed_at_once(
     assert "sample_sha256" in manifest_of(with_large_files)["files"]["model.onnx_data"]
     open_bundle(with_large_files, verify=True)
     other = write_tiny_checkpoint(tmp_path / "other", seed=1)
-    export(other, out=tmp_path / "other-bundle", bits=4)
+    export(other, out=tmp_path / "other-bundle", bits=4, method="rtn")
     shutil.copyfile(
         tmp_path / "other-bundle" / "model.onnx_data", with_large_files / "model.onnx_data"
     )

@@ -40,7 +40,10 @@ from tests.tiny_checkpoint import EXAMPLE, write_tiny_checkpoint
 
 SAMPLE = EXAMPLE.parent / "sample.txt"
 LAYERS = 3
-GPTQ: dict[str, Any] = {"bits": 4, "method": "gptq", "calibration": str(SAMPLE)}
+# One scheme for all layers, which no measurement chooses.
+GPTQ: dict[str, Any] = {
+    "bits": 4, "group_size": 32, "method": "gptq", "calibration": str(SAMPLE)
+}  # fmt: skip
 KILLED = -signal.SIGKILL
 # Three layers in float32: residuals of size 10, sums in another order.
 CLOSE = 1e-4
@@ -80,10 +83,10 @@ class Stopped(BaseException):
 
 def goes_on_at(source: Path, out: Path, **options: Any) -> int:
     """Exports; gives how many layers were done already."""
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[str, int, int]] = []
     export(source, out=out, on_layer=lambda *call: calls.append(call), **(GPTQ | options))
-    first = calls[0][0]
-    assert calls == [(done, LAYERS) for done in range(first, LAYERS + 1)]
+    first = calls[0][1]
+    assert calls == [("rounded", done, LAYERS) for done in range(first, LAYERS + 1)]
     return first
 
 
@@ -124,7 +127,7 @@ def test_the_manifest_names_the_method_and_the_text(source: Path, undisturbed: P
 
 
 def test_a_bundle_that_was_not_calibrated_says_so(own_source: Path, out: Path) -> None:
-    manifest = export(own_source, out=out, bits=4).manifest
+    manifest = export(own_source, out=out, bits=4, method="rtn").manifest
     assert (manifest["method"], manifest["calibration"]) == ("rtn", None)
 
 
@@ -150,7 +153,7 @@ def test_both_targets_hold_the_same_integers(
 
 
 def test_both_streams_reach_the_last_layer_as_transformers_says(source: Path, out: Path) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
         if done == total:
             raise Stopped
 
@@ -161,7 +164,9 @@ def test_both_streams_reach_the_last_layer_as_transformers_says(source: Path, ou
     model = load_judge(source)
     seen: list[torch.Tensor] = []
     model.model.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
-    ids = torch.from_numpy(read_calibration(source, SAMPLE, read_config(source)).windows)
+    text = read_calibration(source, SAMPLE, read_config(source))
+    assert len(text.held_out) > 0
+    ids = torch.from_numpy(np.concatenate([text.windows, text.held_out]))
     with torch.inference_mode():
         model.model(ids, use_cache=False)
         put_dequantized(model, out)
@@ -186,17 +191,22 @@ def test_the_built_in_texts_are_taken_in_the_same_shares_each_time() -> None:
         assert piece in text
 
 
-def test_windows_are_whole_pieces_of_the_text_in_its_order(source: Path) -> None:
+def test_windows_are_whole_pieces_of_the_text_and_some_are_held_out(source: Path) -> None:
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     ids = tokenizer.encode(SAMPLE.read_text("utf-8"), add_special_tokens=False).ids
-    windows = read_calibration(source, SAMPLE, read_config(source)).windows
-    assert windows.reshape(-1).tolist() == ids[: windows.size]
-    assert len(ids) - windows.size < windows.shape[1]
+    text = read_calibration(source, SAMPLE, read_config(source))
+    size = text.windows.shape[1]
+    pieces = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    used, held_out = text.windows.tolist(), text.held_out.tolist()
+    assert sorted(used + held_out) == sorted(pieces)
+    assert used == [piece for piece in pieces if piece in used]
+    assert 0 < len(held_out) < len(used) / 3
 
 
 def test_windows_are_no_longer_than_the_model_can_read(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "short", max_position_embeddings=48)
-    assert read_calibration(source, SAMPLE, read_config(source)).windows.shape == (48, 48)
+    text = read_calibration(source, SAMPLE, read_config(source))
+    assert (text.windows.shape, text.held_out.shape) == ((48, 48), (4, 48))
 
 
 def test_a_tokenizers_own_truncation_does_not_shorten_the_text(
@@ -214,7 +224,8 @@ def test_a_tokenizers_own_truncation_does_not_shorten_the_text(
 
 def test_the_hash_is_of_the_tokens() -> None:
     def sha256(ids: list[list[int]]) -> str:
-        return Calibration(windows=np.array(ids, np.int64), name="text").sha256
+        windows = np.array(ids, np.int64)
+        return Calibration(windows=windows[:1], held_out=windows[1:], name="text").sha256
 
     assert sha256([[1, 2], [3, 4]]) == sha256([[1, 2], [3, 4]])
     assert sha256([[1, 2], [3, 4]]) != sha256([[1, 2], [4, 3]])
@@ -223,7 +234,8 @@ def test_the_hash_is_of_the_tokens() -> None:
 def test_every_method_and_text_has_a_cache_key_of_its_own() -> None:
     options: list[dict[str, Any]] = [
         {"method": "rtn"}, {"method": "gptq"}, GPTQ, GPTQ | {"calibration": "other.txt"},
-        {"method": "gptq", "bits": 8}, {"method": "gptq", "group_size": 64},
+        {"method": "gptq", "bits": 8}, {"method": "gptq", "group_size": 64}, {"asymmetric": True},
+        {"bits": None, "max_bytes": 10**9}, {"bits": None, "bits_per_weight": 5.0},
     ]  # fmt: skip
     assert len({Options(**({"bits": 4} | chosen)).key for chosen in options}) == len(options)
 
@@ -232,26 +244,26 @@ def test_every_method_and_text_has_a_cache_key_of_its_own() -> None:
 
 
 def after_two_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    save = calibration._save
+    save = calibration.save_arrays
 
     def save_or_stop(path: Path, arrays: Any) -> None:
         save(path, arrays)
-        if "streams" in path.name and arrays["layers"][0] == 2:
+        if "streams" in path.name and arrays["sizes"][0] == 2:
             raise Stopped
 
-    monkeypatch.setattr(calibration, "_save", save_or_stop)
+    monkeypatch.setattr(calibration, "save_arrays", save_or_stop)
 
 
 def between_a_layer_and_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    save = calibration._save
+    save = calibration.save_arrays
 
     def save_or_stop(path: Path, arrays: Any) -> None:
-        if "streams" in path.name and arrays["layers"][0] == 2:
+        if "streams" in path.name and arrays["sizes"][0] == 2:
             path.with_name(f"{path.name}.new").write_bytes(b"half")
             raise Stopped
         save(path, arrays)
 
-    monkeypatch.setattr(calibration, "_save", save_or_stop)
+    monkeypatch.setattr(calibration, "save_arrays", save_or_stop)
 
 
 def while_the_tokenizer_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +321,7 @@ def test_an_interrupted_export_goes_on_behind_its_last_layer(
 @pytest.mark.parametrize(
     ("program", "done"),
     [
-        ("run(on_layer=lambda done, total: die() if done == 2 else None)", 2),
+        ("run(on_layer=lambda stage, done, total: die() if done == 2 else None)", 2),
         (
             "weight_writer.CHUNK_ELEMENTS = 4096\nweight_writer._SYNC_BYTES = 1\n"
             "run(progress=lambda done, total: die() if done > total / 2 else None)",
@@ -368,7 +380,7 @@ def test_a_layer_that_is_gone_is_not_rounded_plainly(
 def test_plain_rounding_leaves_nothing_of_a_calibration(
     source: Path, undisturbed: Path, out: Path, partial: Path
 ) -> None:
-    export(source, out=out, bits=4)
+    export(source, out=out, bits=4, method="rtn")
     assert not partial.exists()
     assert hashes(out).keys() == hashes(undisturbed).keys()
 

@@ -303,12 +303,12 @@ def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(
     tmp_path: Path, out: Path
 ) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", hidden_size=96)
-    message = refused_export(source, out, bits=4, group_size=128)
+    message = refused_export(source, out, bits=4, method="rtn", group_size=128)
     assert message == (
         "group size 128 does not divide the 96 columns of model.embed_tokens; choose 32"
     )
     source = write_tiny_checkpoint(tmp_path / "odd", hidden_size=80, head_dim=32)
-    assert "export it without --bits" in refused_export(source, out, bits=4)
+    assert "export it without --bits" in refused_export(source, out, bits=4, method="rtn")
 
 
 @pytest.mark.parametrize(
@@ -316,13 +316,19 @@ def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(
     [
         ({"bits": 3}, "bits must be one of 4, 8, got 3"),
         ({"bits": 0}, "bits must be one of 4, 8, got 0"),
-        ({"bits": 4, "group_size": 16}, "group size must be one of 32, 64, 128, got 16"),
+        (
+            {"bits": 4, "method": "rtn", "group_size": 16},
+            "group size must be one of 32, 64, 128, got 16",
+        ),
         ({"method": "awq"}, "got 'awq'"),
         ({"max_context": 513}, "--max-context must be in 1..512 for this model, got 513"),
         ({"max_context": 0}, "--max-context must be in 1..512 for this model, got 0"),
         ({"dtype": "float16"}, "choose --dtype float32"),
         ({"device": "npu"}, "choose --device cpu or cuda"),
-        ({"device": "cuda", "dtype": "float32", "bits": 4}, "choose --dtype bfloat16 or float16"),
+        (
+            {"device": "cuda", "dtype": "float32", "bits": 4, "method": "rtn"},
+            "choose --dtype bfloat16 or float16",
+        ),
         ({"target": "gguf"}, "got 'gguf'"),
     ],
 )

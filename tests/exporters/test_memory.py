@@ -47,7 +47,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     }
 
 
-OPTIONS = [{}, {"bits": 4}, {"device": "cuda", "dtype": "bfloat16"}, {"target": "mlx", "bits": 4}]
+OPTIONS = [
+    {},
+    {"bits": 4, "method": "rtn"},
+    {"device": "cuda", "dtype": "bfloat16"},
+    {"target": "mlx", "bits": 4, "method": "rtn"},
+]
 
 
 def peak_bytes(program: str, source: Path, out: Path, options: dict[str, Any]) -> int:

@@ -65,7 +65,9 @@ def read_head(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 8, "dtype": "float16"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 4, "method": "rtn"}, {"bits": 8, "dtype": "float16"}]
+)
 @pytest.mark.parametrize("vocab_size", [2048, 2017])
 def test_a_file_is_a_header_and_its_tensors_without_holes(
     vocab_size: int, options: dict[str, Any], tmp_path: Path
@@ -109,7 +111,9 @@ def check_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 8, "group_size": 128}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 4, "method": "rtn"}, {"bits": 8, "group_size": 128}]
+)
 def test_the_index_names_every_tensor_size_and_parameter(
     options: dict[str, int], source: Path, tmp_path: Path
 ) -> None:
@@ -117,7 +121,7 @@ def test_the_index_names_every_tensor_size_and_parameter(
     assert set(check_index(folder).values()) == {"model.safetensors"}
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 4}])
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "method": "rtn"}])
 def test_shards_keep_to_the_limit_and_codes_stay_with_their_scales(
     options: dict[str, int], source: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -169,7 +173,7 @@ def files_but_manifest(folder: Path) -> dict[str, str]:
 
 @pytest.mark.usefixtures("_small_shards")
 @pytest.mark.parametrize(("elements", "cores"), [(1, 2), (4096, 1), (4096, 64), (100_000, 2)])
-@pytest.mark.parametrize("options", [{}, {"bits": 4, "dtype": "bfloat16"}])
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "method": "rtn", "dtype": "bfloat16"}])
 def test_neither_chunks_nor_cores_change_a_byte(
     options: dict[str, Any],
     elements: int,
@@ -255,15 +259,15 @@ def test_an_export_that_was_killed_is_gone_on_with(
 ) -> None:
     out = tmp_path / "bundles" / "folder"
     out.parent.mkdir()
-    export(source, "mlx", out=tmp_path / "undisturbed", bits=4)
+    export(source, "mlx", out=tmp_path / "undisturbed", bits=4, method="rtn")
     needed = len(rows_read)
     rows_read.clear()
-    killed = run_child(SMALL_STEPS + DIES[moment], source, out, target="mlx", bits=4)
+    killed = run_child(SMALL_STEPS + DIES[moment], source, out, target="mlx", bits=4, method="rtn")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not out.exists()
     if damage:
         damage(out.with_name(f".{out.name}.partial"))
-    export(source, "mlx", out=out, bits=4)
+    export(source, "mlx", out=out, bits=4, method="rtn")
     assert (len(rows_read) < needed) is goes_on
     assert files_but_manifest(out) == files_but_manifest(tmp_path / "undisturbed")
     open_bundle(out, verify=True)
@@ -289,12 +293,18 @@ print(json.dumps(sorted(heavy & sys.modules.keys())))
     ("options", "words"),
     [
         ({"device": "cuda"}, "an MLX folder is for every device, got --device cuda; leave it out"),
-        ({"device": "cpu", "bits": 4}, "got --device cpu; leave it out"),
+        ({"device": "cpu", "bits": 4, "method": "rtn"}, "got --device cpu; leave it out"),
         ({"dtype": "int8"}, "no MLX folder for --dtype int8; choose float32 or"),
-        ({"bits": 4, "group_size": 128}, "group size 128 does not divide the 192 columns"),
+        (
+            {"bits": 4, "method": "rtn", "group_size": 128},
+            "group size 128 does not divide the 192 columns",
+        ),
         ({"bits": 8, "group_size": 128}, "choose 32 or 64"),
         ({"bits": 3}, "bits must be one of 4, 8, got 3"),
-        ({"bits": 4, "group_size": 16}, "group size must be one of 32, 64, 128, got 16"),
+        (
+            {"bits": 4, "method": "rtn", "group_size": 16},
+            "group size must be one of 32, 64, 128, got 16",
+        ),
         ({"max_context": 0}, "--max-context must be in 1..512 for this model, got 0"),
         ({"max_context": 513}, "--max-context must be in 1..512 for this model, got 513"),
         ({"method": "best"}, "method must be auto or rtn"),

@@ -164,7 +164,10 @@ def onnx_matrices(bundle: Path) -> Iterator[tuple[str, NDArray[np.uint8], NDArra
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-@pytest.mark.parametrize("scheme", [{"bits": 4}, {"bits": 4, "group_size": 128}, {"bits": 8}])
+@pytest.mark.parametrize(
+    "scheme",
+    [{"bits": 4, "method": "rtn"}, {"bits": 4, "method": "rtn", "group_size": 128}, {"bits": 8}],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_targets_hold_the_same_integers_and_scales(
     dtype: str, scheme: dict[str, int], is_tied: bool, tmp_path: Path
@@ -196,7 +199,7 @@ def test_a_folder_of_floats_is_a_source_like_the_one_it_was_made_of(tmp_path: Pa
     scaling = {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.4}
     source = write_tiny_checkpoint(tmp_path / "source", rope_scaling=scaling)
     export(source, "mlx", out=tmp_path / "floats")
-    for options in ({}, {"bits": 4}):
+    for options in ({}, {"bits": 4, "method": "rtn"}):
         out = tmp_path / f"{len(options)}"
         export(source, "mlx", out=out / "direct", **options)
         export(tmp_path / "floats", "mlx", out=out / "again", **options)

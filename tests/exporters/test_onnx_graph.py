@@ -35,12 +35,12 @@ FLOAT32_ACTIVATIONS = 2e-5
 # Every row of the table of targets, float and quantized.
 TARGETS = {
     "cpu-float32": {"device": "cpu"},
-    "cpu-int4": {"device": "cpu", "bits": 4},
+    "cpu-int4": {"device": "cpu", "bits": 4, "method": "rtn"},
     "cpu-int8": {"device": "cpu", "bits": 8},
     "cuda-float32": {"device": "cuda", "dtype": "float32"},
     "cuda-float16": {"device": "cuda", "dtype": "float16"},
     "cuda-bfloat16": {"device": "cuda", "dtype": "bfloat16"},
-    "cuda-float16-int4": {"device": "cuda", "dtype": "float16", "bits": 4},
+    "cuda-float16-int4": {"device": "cuda", "dtype": "float16", "bits": 4, "method": "rtn"},
     "cuda-bfloat16-int8": {"device": "cuda", "dtype": "bfloat16", "bits": 8},
 }
 # What a checkpoint may look like.

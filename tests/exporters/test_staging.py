@@ -140,15 +140,15 @@ def leave_partial(source: Path, out: Path, **options: Any) -> Path:
 def test_an_export_that_was_killed_is_gone_on_with(
     moment: str, source: Path, out: Path, tmp_path: Path, rows_read: list[str]
 ) -> None:
-    export(source, out=tmp_path / "undisturbed", bits=4)
+    export(source, out=tmp_path / "undisturbed", bits=4, method="rtn")
     needed = len(rows_read)
     rows_read.clear()
 
-    killed = run_child(SMALL_STEPS + DIES[moment], source, out, bits=4)
+    killed = run_child(SMALL_STEPS + DIES[moment], source, out, bits=4, method="rtn")
     assert killed.returncode == KILLED, killed.stderr
     assert not out.exists()
 
-    again = export(source, out=out, bits=4)
+    again = export(source, out=out, bits=4, method="rtn")
     if moment in WRITES_AGAIN:
         assert len(rows_read) == needed
     else:
@@ -164,7 +164,7 @@ def test_a_killed_export_keeps_the_bundle_that_it_was_to_replace(source: Path, o
     export(source, out=out)
     before = hashes(out)
     program = SMALL_STEPS + DIES["in the middle of the weights"]
-    assert run_child(program, source, out, bits=4, force=True).returncode == KILLED
+    assert run_child(program, source, out, bits=4, method="rtn", force=True).returncode == KILLED
     assert hashes(out) == before
     open_bundle(out, verify=True)
 
@@ -173,9 +173,9 @@ def test_what_another_command_left_is_thrown_away(
     source: Path, out: Path, tmp_path: Path, rows_read: list[str]
 ) -> None:
     leave_partial(source, out, bits=8)
-    export(source, out=out, bits=4)
+    export(source, out=out, bits=4, method="rtn")
     resumed = len(rows_read)
-    export(source, out=tmp_path / "undisturbed", bits=4)
+    export(source, out=tmp_path / "undisturbed", bits=4, method="rtn")
     assert resumed == len(rows_read) - resumed
     assert hashes(out) == hashes(tmp_path / "undisturbed")
 
@@ -184,7 +184,7 @@ def test_what_another_command_left_is_thrown_away(
 def test_what_was_made_of_another_source_is_thrown_away(
     change: str, source: Path, out: Path, tmp_path: Path, rows_read: list[str]
 ) -> None:
-    leave_partial(source, out, bits=4)
+    leave_partial(source, out, bits=4, method="rtn")
     if change == "weights":
         write_tiny_checkpoint(source, seed=1)
     elif change == "config":
@@ -193,9 +193,9 @@ def test_what_was_made_of_another_source_is_thrown_away(
         (source / "config.json").write_text(text, encoding="utf-8")
     else:
         os.utime(source / "model.safetensors", ns=(0, 12345))
-    export(source, out=out, bits=4)
+    export(source, out=out, bits=4, method="rtn")
     resumed = len(rows_read)
-    export(source, out=tmp_path / "undisturbed", bits=4)
+    export(source, out=tmp_path / "undisturbed", bits=4, method="rtn")
     assert resumed == len(rows_read) - resumed
     assert hashes(out) == hashes(tmp_path / "undisturbed")
 
@@ -204,7 +204,7 @@ def test_what_was_made_of_another_source_is_thrown_away(
 def test_a_damaged_partial_folder_does_no_harm(
     damage: str, source: Path, out: Path, tmp_path: Path
 ) -> None:
-    partial = leave_partial(source, out, bits=4)
+    partial = leave_partial(source, out, bits=4, method="rtn")
     if damage == "journal gone":
         (partial / weight_writer.JOURNAL).unlink()
     elif damage == "data cut":
@@ -214,15 +214,15 @@ def test_a_damaged_partial_folder_does_no_harm(
     else:
         shutil.rmtree(partial)
         partial.write_text("a file in its place", encoding="utf-8")
-    export(source, out=out, bits=4)
-    export(source, out=tmp_path / "undisturbed", bits=4)
+    export(source, out=out, bits=4, method="rtn")
+    export(source, out=tmp_path / "undisturbed", bits=4, method="rtn")
     assert hashes(out) == hashes(tmp_path / "undisturbed")
 
 
 def test_files_that_the_source_has_no_more_do_not_come_back(source: Path, out: Path) -> None:
-    partial = leave_partial(source, out, bits=4)
+    partial = leave_partial(source, out, bits=4, method="rtn")
     (partial / "vocab.json").write_text("{}", encoding="utf-8")
-    export(source, out=out, bits=4)
+    export(source, out=out, bits=4, method="rtn")
     assert not (out / "vocab.json").exists()
 
 
@@ -235,11 +235,11 @@ def test_ctrl_c_leaves_no_bundle_and_the_next_export_goes_on(
 
     monkeypatch.setattr(weight_writer, "_SYNC_BYTES", 1)
     with pytest.raises(KeyboardInterrupt):
-        export(source, out=out, bits=4, progress=stop)
+        export(source, out=out, bits=4, method="rtn", progress=stop)
     assert not out.exists()
     first = set(rows_read)
     rows_read.clear()
-    export(source, out=out, bits=4)
+    export(source, out=out, bits=4, method="rtn")
     assert first - set(rows_read)
     open_bundle(out, verify=True)
 
@@ -279,7 +279,7 @@ run(progress=wait)
         with pytest.raises(BundleError, match=r"another export is writing .*; wait for it"):
             export(source, out=out)
         with pytest.raises(BundleError, match="another export is writing"):
-            export(source, out=out, force=True, bits=4)
+            export(source, out=out, force=True, bits=4, method="rtn")
         first.communicate("\n", timeout=30)
     assert first.returncode == 0
     assert open_bundle(out, verify=True).scheme == "float"
@@ -314,7 +314,7 @@ def test_an_empty_folder_is_filled(source: Path, out: Path) -> None:
 def test_force_replaces_a_bundle_and_leaves_nothing_of_it(source: Path, out: Path) -> None:
     export(source, out=out)
     (out / "note.txt").write_text("old", encoding="utf-8")
-    export(source, out=out, bits=4, force=True)
+    export(source, out=out, bits=4, method="rtn", force=True)
     assert open_bundle(out, verify=True).scheme == "int4-g32"
     assert not (out / "note.txt").exists()
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]
@@ -367,7 +367,7 @@ def test_a_failed_replacement_gives_the_old_bundle_back(
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(BundleError, match="no permission to write there"):
-        export(source, out=out, bits=4, force=True)
+        export(source, out=out, bits=4, method="rtn", force=True)
     assert hashes(out) == before
     assert [path.name for path in out.parent.iterdir()] == ["bundle"]
 
@@ -572,7 +572,7 @@ def test_a_source_that_may_only_be_read_is_exported(
     nobody()
     with pytest.raises(PermissionError):
         (source / "probe").touch()
-    export(source, out=free / "bundle", bits=4)
+    export(source, out=free / "bundle", bits=4, method="rtn")
     open_bundle(free / "bundle", verify=True)
     assert listing(source) == before
 

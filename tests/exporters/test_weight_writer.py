@@ -23,7 +23,9 @@ def source(tmp_path: Path) -> Path:
     return write_tiny_checkpoint(tmp_path / "source", intermediate_size=384, dtype="float32")
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 8, "group_size": 128}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bits": 4, "method": "rtn"}, {"bits": 8, "group_size": 128}]
+)
 @pytest.mark.parametrize("elements", [1, ELEMENTS, 100_000])
 def test_the_size_of_chunks_does_not_change_a_byte(
     elements: int,
@@ -41,10 +43,10 @@ def test_the_size_of_chunks_does_not_change_a_byte(
 def test_the_number_of_cores_does_not_change_a_byte(
     cores: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = export(source, out=tmp_path / "a", bits=4).manifest["files"]
+    expected = export(source, out=tmp_path / "a", bits=4, method="rtn").manifest["files"]
     monkeypatch.setattr(weight_writer, "CHUNK_ELEMENTS", ELEMENTS)
     monkeypatch.setattr(weight_writer.os, "cpu_count", lambda: cores)
-    assert export(source, out=tmp_path / "b", bits=4).manifest["files"] == expected
+    assert export(source, out=tmp_path / "b", bits=4, method="rtn").manifest["files"] == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -94,6 +96,7 @@ def test_progress_begins_at_nothing_grows_and_ends_at_all(
         source,
         out=tmp_path / "bundle",
         bits=4,
+        method="rtn",
         progress=lambda done, total: calls.append((done, total)),
     )
     done = [call[0] for call in calls]
@@ -106,7 +109,7 @@ def test_progress_begins_at_nothing_grows_and_ends_at_all(
 
 
 def test_the_gaps_between_weights_are_zero(source: Path, tmp_path: Path) -> None:
-    export(source, out=tmp_path / "bundle", bits=4)
+    export(source, out=tmp_path / "bundle", bits=4, method="rtn")
     data = (tmp_path / "bundle" / "model.onnx_data").read_bytes()
     model = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False)
     covered = np.zeros(len(data), bool)

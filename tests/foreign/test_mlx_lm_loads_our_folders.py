@@ -88,19 +88,21 @@ CASES = {
     "float-tied": case(),
     "float-untied": case(UNTIED),
     "float-of-bfloat16": case({"dtype": "bfloat16"}),
-    "int4-tied": case(bits=4),
-    "int4-untied-g64": case(UNTIED, bits=4, group_size=64),
-    "int4-untied-g128": case(UNTIED, bits=4, group_size=128),
+    "int4-tied": case(bits=4, method="rtn"),
+    "int4-untied-g64": case(UNTIED, bits=4, method="rtn", group_size=64),
+    "int4-untied-g128": case(UNTIED, bits=4, method="rtn", group_size=128),
     "int8-tied-g128": case(bits=8, group_size=128),
     "int8-untied": case(UNTIED, bits=8),
-    "int4-in-shards": case(UNTIED, bits=4, max_shard_bytes=100_000),
+    "int4-in-shards": case(UNTIED, bits=4, method="rtn", max_shard_bytes=100_000),
     # 8 bits for q, k and v take the layers' groups here: 128 does not divide the hidden size.
     "int4-narrow": case(
         {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3}, bits=4
     ),
     # transformers 5 writes these; mlx-lm would read none of them.
     "theta-of-rope-parameters": case(V5 | {"rope_parameters": THETA}),
-    "yarn-of-rope-parameters": case(V5 | {"rope_parameters": YARN | THETA | YARN}, bits=4),
+    "yarn-of-rope-parameters": case(
+        V5 | {"rope_parameters": YARN | THETA | YARN}, bits=4, method="rtn"
+    ),
     "yarn": case({"rope_scaling": YARN}),
     "yarn-magnitude-above": case({"rope_scaling": YARN | {"attention_factor": 1.3}}),
     "yarn-magnitude-below": case({"rope_scaling": YARN | {"attention_factor": 0.8}}),

@@ -104,7 +104,9 @@ def test_runtimes_in_float32_show_what_transformers_computes(
 def test_int4_is_near_in_every_layer_and_exact_in_none(
     target: str, make_bundle: MakeBundle, random_checkpoint: Path, expected: Hidden
 ) -> None:
-    with open_runtime(make_bundle(random_checkpoint, target=target, bits=4)) as runtime:
+    with open_runtime(
+        make_bundle(random_checkpoint, target=target, bits=4, method="rtn")
+    ) as runtime:
         for error in errors_of(states_of(runtime), expected):
             assert FLOAT32_ERROR < error < INT4_ERROR
 

@@ -237,6 +237,6 @@ def test_a_runtime_may_be_used_by_another_thread_than_the_one_that_opened_it(
 def test_the_trained_model_answers_alike_in_four_bits_by_both_ways(
     make_bundle: MakeBundle,
 ) -> None:
-    with open_runtime(make_bundle(EXAMPLE, target="mlx", bits=4)) as runtime:
+    with open_runtime(make_bundle(EXAMPLE, target="mlx", bits=4, method="rtn")) as runtime:
         prompt = PROMPT[:20]
         assert list(ahead(runtime, prompt, DRAWN, 20)) == by_host(runtime, prompt, DRAWN, 20)

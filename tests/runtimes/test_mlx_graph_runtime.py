@@ -31,8 +31,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "float32 untied": ({"is_tied": False}, {"dtype": "float32"}),
     "float32 yarn": ({"rope_scaling": YARN}, {"dtype": "float32"}),
     "bfloat16": ({}, {}),
-    "4 bits bfloat16": ({"num_hidden_layers": 1}, {"bits": 4}),
-    "4 bits untied": ({"is_tied": False}, {"bits": 4, "dtype": "float32"}),
+    "4 bits bfloat16": ({"num_hidden_layers": 1}, {"bits": 4, "method": "rtn"}),
+    "4 bits untied": ({"is_tied": False}, {"bits": 4, "method": "rtn", "dtype": "float32"}),
     "8 bits": ({}, {"bits": 8, "group_size": 128, "dtype": "float32"}),
     "8 bits untied": ({"is_tied": False, "num_hidden_layers": 1}, {"bits": 8, "dtype": "float32"}),
 }

@@ -49,7 +49,7 @@ def rewritten(folder: Path, tensors: dict[str, Any]) -> Path:
 def test_weights_that_do_not_fit_are_refused_by_name(
     tmp_path: Path, make_bundle: MakeBundle, random_checkpoint: Path, change: Any, message: str
 ) -> None:
-    bundle = make_bundle(random_checkpoint, target="mlx", bits=4)
+    bundle = make_bundle(random_checkpoint, target="mlx", bits=4, method="rtn")
     folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
     tensors = mx.load(str(folder / "model.safetensors"))
     mx.eval(tensors)
@@ -76,7 +76,7 @@ def test_quantization_settings_that_do_not_fit_are_refused(
     settings: dict[str, Any],
     message: str,
 ) -> None:
-    bundle = make_bundle(random_checkpoint, target="mlx", bits=4)
+    bundle = make_bundle(random_checkpoint, target="mlx", bits=4, method="rtn")
     folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     write_manifest(folder, {**manifest, "quantization": settings})

@@ -151,7 +151,9 @@ def test_sixteen_bit_models_stay_near_and_agree_with_themselves(
         near(runtime.append(PROMPT, keep=len(PROMPT)), whole, HALF_LOGITS[dtype] / 4)
 
 
-@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 8, "dtype": "float32"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bits": 4, "method": "rtn"}, {"bits": 8, "dtype": "float32"}], ids=str
+)
 def test_quantized_models_equal_transformers_with_their_weights(
     tmp_path: Path, make_bundle: MakeBundle, random_checkpoint: Path, options: dict[str, Any]
 ) -> None:
@@ -302,7 +304,7 @@ def test_the_compiled_step_is_the_eager_one_and_copies_nothing(
 
 
 def test_facts_are_those_of_the_bundle(make_bundle: MakeBundle, random_checkpoint: Path) -> None:
-    bundle = make_bundle(random_checkpoint, target="mlx", bits=4)
+    bundle = make_bundle(random_checkpoint, target="mlx", bits=4, method="rtn")
     with open_runtime(bundle) as runtime:
         assert runtime.backend == "mlx"
         assert runtime.device in ("cpu", "metal", "cuda")

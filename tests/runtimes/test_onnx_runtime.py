@@ -317,7 +317,7 @@ def test_threads_do_not_change_the_answer(
 
 
 def test_facts_are_those_of_the_bundle(make_bundle: MakeBundle, random_checkpoint: Path) -> None:
-    bundle = make_bundle(random_checkpoint, bits=4)
+    bundle = make_bundle(random_checkpoint, bits=4, method="rtn")
     with open_runtime(bundle) as runtime:
         assert (runtime.backend, runtime.device, runtime.dtype) == ("onnx", "cpu", "float32")
         assert (runtime.vocab_size, runtime.max_context) == (2048, 512)

@@ -290,7 +290,7 @@ def test_the_real_checkpoint_in_four_bits_passes(
 ) -> None:
     token_ids = read_text_files(real_checkpoint).tokenizer.encode(TEXT)
     with (
-        open_runtime(make_bundle(real_checkpoint, bits=4)) as candidate,
+        open_runtime(make_bundle(real_checkpoint, bits=4, method="rtn")) as candidate,
         open_runtime(real_checkpoint, backend="torch") as reference,
     ):
         report = validate(

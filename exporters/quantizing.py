@@ -1,0 +1,167 @@
+"""How an export's matrices become integers: measured, planned and fitted to a text, or plainly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from qwen2x.exporters.bit_budget import MakePlan, offered_schemes, plan_within_budget
+from qwen2x.exporters.calibration import (
+    CalibratedMatrices,
+    Calibration,
+    OnLayer,
+    RoundRows,
+    calibrate,
+)
+from qwen2x.exporters.checkpoint import Checkpoint
+from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.export_plan import Plan
+from qwen2x.exporters.measuring import Measurement, head_of, measure
+from qwen2x.exporters.weight_writer import Quantizer, plain_quantizer
+from qwen2x.quantize.calibrate import Streams
+from qwen2x.quantize.decoder import norm
+from qwen2x.quantize.divergence import Head
+from qwen2x.quantize.estimate import estimate_loss
+from qwen2x.quantize.gptq import gather_moments, round_compensated
+from qwen2x.quantize.groups import Float, QuantizedMatrix, dequantize, quantize
+from qwen2x.quantize.plan import EMBEDDING, HEAD
+from qwen2x.quantize.scheme import Scheme
+
+# More than within layers: a tied table is read by rows as well, and 0.5 serves both best.
+_HEAD_DAMPING = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizing:
+    """What is known before weights are written.
+
+    Attributes:
+        plan: of the export, with the schemes that were chosen.
+        quantizer: gives rows of a matrix as codes and scales.
+        estimate: what the rounded weights lose on text that nothing was fitted to, if known.
+    """
+
+    plan: Plan
+    quantizer: Quantizer
+    estimate: dict[str, Any] | None = None
+
+
+def prepare_quantizing(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    make_plan: MakePlan,
+    calibration: Calibration | None,
+    staging: Path,
+    on_layer: OnLayer,
+) -> Quantizing:
+    """Measures and rounds what must be known before the first byte is written.
+
+    Args:
+        checkpoint: the float weights.
+        plan: of the export, with schemes that no measurement chose.
+        make_plan: the same with others.
+        calibration: the text; without it matrices are rounded plainly.
+        staging: where results are kept until the bundle is whole.
+        on_layer: told of layers that are done.
+
+    Raises:
+        SchemeError: a budget that is too small.
+        CheckpointError: activations that are not finite.
+    """
+    plain = plain_quantizer(checkpoint)
+    if calibration is None:
+        return Quantizing(plan=plan, quantizer=plain)
+    measurement = None
+    if plan.options.is_planned:
+        schemes = offered_schemes(plan.options)
+        measurement = measure(checkpoint, calibration, schemes, staging, on_layer)
+        plan = plan_within_budget(plan.config, plan.options, measurement.losses, make_plan)
+    if not plan.options.is_calibrated:
+        return Quantizing(plan=plan, quantizer=plain)
+    tables = _Tables(plan.config, measurement)
+    scheme_of = plan.bit_plan.scheme_of
+    matrices, streams = calibrate(
+        checkpoint, calibration, scheme_of, tables.rounding(EMBEDDING), staging, on_layer
+    )
+    quantizer = _calibrated(checkpoint, matrices, tables, plain)
+    estimate = _estimate(checkpoint, calibration, streams, plan, quantizer)
+    return Quantizing(plan=plan, quantizer=quantizer, estimate=estimate)
+
+
+class _Tables:
+    """How embedding and head are rounded: with compensation where they are a head of 4 bits."""
+
+    def __init__(self, config: Qwen2Config, measurement: Measurement | None) -> None:
+        self._head = EMBEDDING if config.is_tied else HEAD
+        self._moments = (
+            None
+            if measurement is None
+            else gather_moments(measurement.head_products, _HEAD_DAMPING)
+        )
+        # NumPy's products use all cores, and would fight for them.
+        self._lock = Lock()
+
+    def rounding(self, module: str) -> RoundRows:
+        """For ``model.embed_tokens`` or ``lm_head``."""
+        return self._compensated if module == self._head else quantize
+
+    def _compensated(self, rows: Float, scheme: Scheme) -> QuantizedMatrix:
+        if self._moments is None or scheme.bits != 4:
+            return quantize(rows, scheme)
+        with self._lock:
+            return round_compensated(rows, self._moments, scheme)
+
+
+def _calibrated(
+    checkpoint: Checkpoint, matrices: CalibratedMatrices, tables: _Tables, plain: Quantizer
+) -> Quantizer:
+    """Hands out what is rounded already, and rounds embedding and head."""
+
+    def quantizer(name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
+        if name in matrices:
+            return matrices.rows(name, start, stop, scheme)
+        module = name.removesuffix(".weight")
+        if module in (EMBEDDING, HEAD):
+            return tables.rounding(module)(checkpoint.rows(name, start, stop), scheme)
+        return plain(name, start, stop, scheme)
+
+    return quantizer
+
+
+def _estimate(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    streams: Streams,
+    plan: Plan,
+    quantizer: Quantizer,
+) -> dict[str, Any] | None:
+    """The loss on the windows that were held out, of which each position but the last counts."""
+    count = streams.held_out
+    if not count:
+        return None
+    config = checkpoint.config
+    final_norm = checkpoint.rows("model.norm.weight")
+
+    def normed(states: Float) -> Float:
+        kept = states[-count:, :-1]
+        return norm(kept, final_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
+
+    exact_head = head_of(checkpoint)
+    name = f"{EMBEDDING if config.is_tied else HEAD}.weight"
+    scheme = plan.bit_plan.scheme_of(name.removesuffix(".weight"))
+    read: Callable[[int, int], Float] = exact_head.read
+    if scheme is not None:
+        read = lambda start, stop: dequantize(quantizer(name, start, stop, scheme))  # noqa: E731
+    found = estimate_loss(
+        normed(streams.exact),
+        normed(streams.rounded),
+        calibration.held_out[:, 1:].reshape(-1).astype(np.int64),
+        (exact_head, Head(vocab_size=config.vocab_size, read=read)),
+    )
+    text = f"{calibration.name}, {calibration.held_out.size} tokens that nothing was fitted to"
+    return found | {"text": text, "by": "qwen2x export, weights alone, in NumPy"}
