@@ -81,6 +81,8 @@ def command(
     Weights are read, quantized and written row by row, so memory does not grow with the model; with
     --method gptq one layer and the text's activations are in memory. An export that was killed goes
     on where it stopped when the same command is run again.
+
+    A GPTQ or AWQ checkpoint keeps its integers; --bits 8 is then for its embedding and head alone.
     """
     from qwen2x.exporters.options import Options
 

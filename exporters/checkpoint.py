@@ -101,17 +101,15 @@ class Checkpoint:
     def columns(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Columns ``start:stop`` of a matrix, or elements of a vector, in the type stored.
 
-        Its pages stay in memory until the last column is read.
-
         Raises:
             CheckpointError: the file was cut meanwhile.
         """
         tensor = self.tensors[name]
         stored = self._view(tensor, 0, tensor.shape[0]).reshape(tensor.shape)
         values = stored[..., start:stop].copy()
-        if stop is None or stop == tensor.shape[-1]:
-            mapping = self._mappings[tensor.shard]
-            _give_up(mapping, tensor.offset, tensor.offset + tensor.bytes)
+        # Of every row some pages were touched.
+        mapping = self._mappings[tensor.shard]
+        _give_up(mapping, tensor.offset, tensor.offset + tensor.bytes)
         return values
 
     def _copy(self, tensor: Tensor, start: int, stop: int) -> NDArray[np.float32]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,21 @@ def test_what_would_quantize_again_is_one_line(
     for word in words:
         assert word in said
     assert not out.parent.exists()
+
+
+def test_the_commands_of_the_page_run_in_their_order(
+    call: Call, packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "import.md").read_text("utf-8")
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        named = line.replace("Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4", str(packed.folder))
+        assert str(packed.folder) in named
+        program, *arguments = shlex.split(named)
+        assert program == "qwen2x"
+        done = call(*arguments)
+        assert done.code == 0, f"{line}\n{done.err}"
 
 
 def test_an_unknown_format_is_one_line_for_every_command(
