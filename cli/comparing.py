@@ -163,7 +163,7 @@ def _reference_logits(
     judge: Judge, wish: Wish, windows: Sequence[Sequence[int]]
 ) -> Iterator[StoredLogits]:
     """The judge's logits in a file without a name, which nothing leaves behind."""
-    from qwen2x.exporters.bundle_cache import cache_folder
+    from qwen2x.exporters.cache_folder import cache_folder
     from qwen2x.exporters.staging import turn_os_errors
     from qwen2x.runtimes.stored_logits import StoredLogits, require_room
 

@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from qwen2x.exporters.bundle import open_bundle, sha256_of
+from qwen2x.exporters.cache_folder import cache_folder
 from qwen2x.exporters.checkpoint import find_shards
 from qwen2x.exporters.exporter import export
 from qwen2x.exporters.hub import resolve_source, source_id
@@ -22,14 +23,6 @@ from qwen2x.exporters.weight_writer import Progress
 from qwen2x.quantize.errors import BundleError
 
 _HASHES = "hashes.json"
-
-
-def cache_folder() -> Path:
-    """``QWEN2X_CACHE``, else ``qwen2x`` in the user's cache folder."""
-    if named := os.environ.get("QWEN2X_CACHE"):
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qwen2x"
 
 
 def cached_bundle(

@@ -98,7 +98,7 @@ def write_bundle(
         key = {
             # Of the text its tokens count, not where it lies.
             "options": asdict(options) | {"calibration": calibration and calibration.sha256},
-            "source": _identity(checkpoint),
+            "source": checkpoint.identity(),
             "version": version(),
         }
         with stage_folder(out, key, force=force) as staging, _source_hashes(checkpoint) as hashes:
@@ -159,15 +159,6 @@ def _require_source_outside(checkpoint: Checkpoint, out: Path) -> None:
                 f"{out} holds the checkpoint itself ({checkpoint.folder}); "
                 "choose another folder for the bundle"
             )
-
-
-def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Config, and size and time of every shard: whether a partial export is of the same source."""
-    stats = {shard: (checkpoint.folder / shard).stat() for shard in checkpoint.shards}
-    shards = {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()}
-    config = checkpoint.config
-    quantization = asdict(config.quantization) if config.quantization else None
-    return {"config": config.raw, "quantization": quantization, "shards": shards}
 
 
 @contextmanager

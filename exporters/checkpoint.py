@@ -9,13 +9,14 @@ which would otherwise grow with the model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
 import struct
 import sys
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,6 +79,20 @@ class Checkpoint:
     def bytes(self) -> int:
         """Stored bytes of all tensors."""
         return sum(tensor.bytes for tensor in self.tensors.values())
+
+    def identity(self) -> dict[str, Any]:
+        """Config, and size and time of every shard: whether work that was kept is of this source.
+
+        The last norm stands for the weights, as archives may give all files one time.
+        """
+        stats = {shard: (self.folder / shard).stat() for shard in self.shards}
+        quantization = self.config.quantization
+        return {
+            "config": self.config.raw,
+            "quantization": asdict(quantization) if quantization else None,
+            "shards": {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()},
+            "norm": hashlib.sha256(self.rows("model.norm.weight").tobytes()).hexdigest(),
+        }
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows ``start:stop`` as float32.

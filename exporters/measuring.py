@@ -1,16 +1,23 @@
-"""What each of a checkpoint's units loses by rounding, and what is kept on disk meanwhile."""
+"""What each of a checkpoint's units loses by rounding, and what is kept on disk of it.
+
+States are kept beside the bundle until all layers are measured; the result is kept in the user's
+cache, so that another budget, or another target, need not measure again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from qwen2x.exporters.calibration import (
@@ -36,7 +43,9 @@ from qwen2x.quantize.sensitivity import (
     probe_layer,
 )
 
-_PROBES, _RESULT = f"{PREFIX}probes.safetensors", f"{PREFIX}measured.safetensors"
+_PROBES = f"{PREFIX}probes.safetensors"
+# Raised when other numbers would come out.
+_REVISION = 1
 # Windows whose exact states the head is fitted to, of which the first few are also probed.
 _WINDOWS, _PROBED_WINDOWS, _PROBED_TOKENS = 16, 4, 256
 # The probed states of all units together; of larger models fewer tokens are probed.
@@ -58,6 +67,7 @@ def measure(
     calibration: Calibration,
     schemes: Sequence[Scheme],
     staging: Path,
+    kept_in: Path,
     on_layer: OnLayer,
 ) -> Measurement:
     """Measures every unit, or goes on where an interrupted run stopped.
@@ -66,11 +76,13 @@ def measure(
         checkpoint: the float weights.
         calibration: the text.
         schemes: between which a plan will choose.
-        staging: where states and results are kept.
+        staging: where states are kept meanwhile.
+        kept_in: the folder for results.
         on_layer: told of layers that are done.
     """
     layers = checkpoint.config.num_hidden_layers
-    found = _restore_measurement(staging)
+    place = kept_in / f"{_key(checkpoint, calibration, schemes)}.safetensors"
+    found = _restore_measurement(place)
     if found is not None:
         on_layer("measured", layers, layers)
         return found
@@ -87,8 +99,15 @@ def measure(
             saved = time.monotonic()
         on_layer("measured", layer + 1, layers)
     measurement = _conclude(checkpoint, probes, schemes)
-    _save_measurement(staging, measurement)
+    _save_measurement(place, measurement)
     return measurement
+
+
+def _key(checkpoint: Checkpoint, calibration: Calibration, schemes: Sequence[Scheme]) -> str:
+    """A short hash of all that a result depends on."""
+    names = [scheme.name for scheme in schemes]
+    parts = [_REVISION, names, calibration.sha256, checkpoint.identity()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def probed_tokens(config: Qwen2Config, window: int) -> int:
@@ -184,17 +203,19 @@ def _restore(staging: Path) -> tuple[int, Probes] | None:
     )
 
 
-def _save_measurement(staging: Path, measurement: Measurement) -> None:
+def _save_measurement(path: Path, measurement: Measurement) -> None:
+    """A cache that cannot be written costs time alone."""
     losses = np.frombuffer(json.dumps(_named(measurement.losses)).encode(), np.uint8)
-    save_arrays(staging / _RESULT, {"products": measurement.head_products, "losses": losses})
-    (staging / _PROBES).unlink(missing_ok=True)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_arrays(path, {"products": measurement.head_products, "losses": losses})
 
 
-def _restore_measurement(staging: Path) -> Measurement | None:
-    path = staging / _RESULT
-    if not path.is_file():
+def _restore_measurement(path: Path) -> Measurement | None:
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError):
         return None
-    arrays = load_file(path)
     return Measurement(
         losses=_parsed(json.loads(arrays["losses"].tobytes())), head_products=arrays["products"]
     )

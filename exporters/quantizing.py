@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen2x.exporters.bit_budget import MakePlan, offered_schemes, plan_within_budget
+from qwen2x.exporters.cache_folder import cache_folder
 from qwen2x.exporters.calibration import (
     CalibratedMatrices,
     Calibration,
@@ -79,7 +80,8 @@ def prepare_quantizing(
     measurement = None
     if plan.options.is_planned:
         schemes = offered_schemes(plan.options)
-        measurement = measure(checkpoint, calibration, schemes, staging, on_layer)
+        kept_in = cache_folder() / "measurements"
+        measurement = measure(checkpoint, calibration, schemes, staging, kept_in, on_layer)
         plan = plan_within_budget(plan.config, plan.options, measurement.losses, make_plan)
     if not plan.options.is_calibrated:
         return Quantizing(plan=plan, quantizer=plain)

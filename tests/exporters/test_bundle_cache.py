@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwen2x.exporters.bundle import open_bundle
-from qwen2x.exporters.bundle_cache import cache_folder, cached_bundle
+from qwen2x.exporters.bundle_cache import cached_bundle
+from qwen2x.exporters.cache_folder import cache_folder
 from qwen2x.exporters.options import Options
 from qwen2x.quantize.errors import InputError
 from tests.tiny_checkpoint import write_tiny_checkpoint

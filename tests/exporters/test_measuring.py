@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from qwen2x.exporters.calibration import Calibration
 from qwen2x.exporters.checkpoint import open_checkpoint
+from qwen2x.exporters.config import read_config
 from qwen2x.exporters.measuring import Measurement, measure, probed_tokens
 from qwen2x.quantize.errors import CheckpointError
 from qwen2x.quantize.groups import dequantize, quantize
@@ -48,8 +49,8 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def measured(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
     with open_checkpoint(source) as checkpoint:
-        staging = tmp_path_factory.mktemp("staging")
-        return measure(checkpoint, calibration_of(WINDOWS), SCHEMES, staging, ignore)
+        staging, kept_in = tmp_path_factory.mktemp("staging"), tmp_path_factory.mktemp("kept")
+        return measure(checkpoint, calibration_of(WINDOWS), SCHEMES, staging, kept_in, ignore)
 
 
 def modules_of(unit: str) -> list[str]:
@@ -114,7 +115,7 @@ def test_an_interrupted_measurement_goes_on_and_finds_the_same(
             raise KeyboardInterrupt
 
     with open_checkpoint(source) as checkpoint:
-        arguments = checkpoint, calibration_of(WINDOWS), SCHEMES, tmp_path
+        arguments = checkpoint, calibration_of(WINDOWS), SCHEMES, tmp_path, tmp_path / "kept"
         with pytest.raises(KeyboardInterrupt):
             measure(*arguments, stop)
         calls.clear()
@@ -128,6 +129,41 @@ def test_an_interrupted_measurement_goes_on_and_finds_the_same(
         np.testing.assert_array_equal(found.head_products, measured.head_products)
 
 
+def test_a_measurement_is_kept_for_its_source_text_and_schemes_alone(
+    source: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_checkpoint(
+        tmp_path / "other", num_hidden_layers=LAYERS, is_tied=read_config(source).is_tied, seed=9,
+        dtype="float32",
+    )  # fmt: skip
+    kept_in = tmp_path / "kept"
+    cases = [
+        (source, WINDOWS, SCHEMES), (source, WINDOWS[:3], SCHEMES), (source, WINDOWS, SCHEMES[:2]),
+        (other, WINDOWS, SCHEMES),
+    ]  # fmt: skip
+    for count, (folder, windows, schemes) in enumerate(cases, 1):
+        for is_known in (False, True):
+            calls: list[int] = []
+            with open_checkpoint(folder) as checkpoint:
+                measure(
+                    checkpoint, calibration_of(windows), schemes, tmp_path, kept_in,
+                    lambda stage, done, total, calls=calls: calls.append(done),
+                )  # fmt: skip
+            assert calls == ([3] if is_known else [0, 1, 2, 3])
+        assert len(list(kept_in.iterdir())) == count
+
+
+def test_a_damaged_result_is_measured_again(
+    source: Path, measured: Measurement, tmp_path: Path
+) -> None:
+    with open_checkpoint(source) as checkpoint:
+        arguments = checkpoint, calibration_of(WINDOWS), SCHEMES, tmp_path, tmp_path / "kept"
+        measure(*arguments, ignore)
+        (path,) = (tmp_path / "kept").iterdir()
+        path.write_bytes(path.read_bytes()[:100])
+        assert measure(*arguments, ignore).losses == measured.losses
+
+
 def test_activations_that_overflow_are_refused(tmp_path: Path) -> None:
     source = write_tiny_checkpoint(tmp_path / "source", dtype="float32")
     path = source / "model.safetensors"
@@ -136,7 +172,7 @@ def test_activations_that_overflow_are_refused(tmp_path: Path) -> None:
     tensors["model.layers.0.post_attention_layernorm.weight"] *= np.float32(1e25)
     save_file(tensors, path, metadata={"format": "pt"})
     with open_checkpoint(source) as checkpoint, pytest.raises(CheckpointError, match="not finite"):
-        measure(checkpoint, calibration_of(WINDOWS), SCHEMES, tmp_path, ignore)
+        measure(checkpoint, calibration_of(WINDOWS), SCHEMES, tmp_path, tmp_path, ignore)
 
 
 def test_of_larger_models_fewer_tokens_are_probed(source: Path) -> None:
