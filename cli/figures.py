@@ -89,6 +89,10 @@ def recorded_figures(bundle: Bundle) -> tuple[Figures, Mapping[str, Any]]:
     Raises:
         RequestError: it recorded nothing, or did so when texts were not recorded yet.
     """
+    if not bundle.is_ours:
+        raise RequestError(
+            f"{bundle.folder} was made by another program and records nothing; leave out --stored"
+        )
     quality = bundle.manifest.get("quality", {})
     try:
         return figures_of(bundle, quality), {**quality["text"]}

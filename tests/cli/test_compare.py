@@ -320,6 +320,21 @@ def test_the_page_of_a_comparison_needs_nothing_else(
         assert f"{quality_of(folder)['kl_mean']:.3g}" in text
 
 
+def test_a_folder_of_another_program_is_compared_but_records_nothing(
+    call: Call, measured: list[Path], example: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("mlx.core", reason="mlx is not installed")
+    made = export(example, "mlx", out=tmp_path / "mlx", bits=4, method="rtn", dtype="float32")
+    (made.bundle / "qwen2x.json").unlink()
+    said = call("compare", *measured, made.bundle, "--stored").complaint
+    assert f"{made.bundle} was made by another program and records nothing" in said
+    few = ("--tokens", "24", "--window", "24")
+    done = call("compare", made.bundle, "--against", example, *few, "--json")
+    (entry,) = done.json["bundles"]
+    assert entry["method"] == "unknown"
+    assert entry["kl_mean"] > 0
+
+
 def test_the_page_of_recorded_figures_has_no_positions(
     call: Call, measured: list[Path], tmp_path: Path
 ) -> None:
