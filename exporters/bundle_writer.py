@@ -54,6 +54,10 @@ def estimate_peak_memory(plan: Plan) -> int:
     """
     chunk = max(CHUNK_ELEMENTS, *(weight.columns for weight in plan.weights))
     writing = 2 * _WORKERS * chunk * _BYTES_PER_CHUNK_ELEMENT
+    if plan.config.quantization is not None:
+        # Some columns of a mapped matrix lie on most of its pages.
+        tensors = plan.config.expected_tensors()
+        writing += plan.config.quantization.widest_matrix_bytes(tensors)
     reading = 0
     if plan.options.is_calibrated:
         reading = calibration_memory(plan.config)

@@ -6,6 +6,7 @@ Keys as transformers 5.24 has them (``utils/quantization_config.py``), and GPTQM
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,12 @@ class StoredQuantization:
             if self.method == "gptq" and not self.is_ordered:
                 optional[f"{module}.g_idx"] = (shape[1],)
         return optional
+
+    def widest_matrix_bytes(self, tensors: Mapping[str, tuple[int, ...]]) -> int:
+        """Stored bytes of the largest matrix's codes."""
+        stored = self.needed_tensors(tensors)
+        words = [math.prod(stored[name]) for name in stored if name.endswith(".qweight")]
+        return max(words) * WORD_BITS // 8
 
     def _groups(self, module: str, inputs: int) -> int:
         if self.group_size is None:

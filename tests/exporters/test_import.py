@@ -162,6 +162,20 @@ def test_an_mlx_folder_computes_what_transformers_does(
             assert np.abs(runtime.logits(ids) - expected).max() < limit
 
 
+@pytest.mark.parametrize("variant", [{}, {"bits": 8, "sym": False}, {"order": "shared"}])
+def test_a_bundle_for_cuda_in_float16_computes_what_transformers_does(
+    variant: dict[str, Any], tmp_path: Path
+) -> None:
+    """On the CPU's kernels, as there is no other device here."""
+    packed = write_packed_checkpoint(tmp_path, **variant)
+    ids = random_ids(1, 24)
+    expected = judge_logits(load_judge(packed.floats), ids)
+    done = export(packed.folder, out=tmp_path / "bundle", device="cuda")
+    assert done.manifest["dtype"] == "float16"
+    found = Session(done.bundle / "model.onnx").run(ids).logits
+    assert np.abs(found - expected).max() < FLOAT16
+
+
 def test_scattered_groups_cost_one_gather_for_matrices_of_one_input(tmp_path: Path) -> None:
     shared = write_packed_checkpoint(tmp_path / "shared", order="shared")
     model, _ = open_graph(export(shared.folder, out=tmp_path / "one").bundle)

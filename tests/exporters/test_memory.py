@@ -12,6 +12,7 @@ from qwen2x.exporters.checkpoint import open_checkpoint
 from qwen2x.exporters.exporter import plan_export
 from qwen2x.exporters.options import Options
 from tests.exporters.children import run_child
+from tests.packed_checkpoint import write_packed_checkpoint
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 SHALLOW, DEEP = 2, 12
@@ -69,6 +70,29 @@ def test_peak_memory_does_not_grow_with_depth(
         layers: peak_bytes(SMALL_CHUNKS + PROGRAM, source, tmp_path / f"{layers}", options)
         for layers, source in sources.items()
     }
+    assert peaks[DEEP] < GROWTH * peaks[SHALLOW]
+
+
+@pytest.mark.parametrize("target", ["onnx", "mlx"])
+def test_peak_memory_of_an_import_does_not_grow_with_depth(target: str, tmp_path: Path) -> None:
+    """Pages of every matrix stayed mapped when its last columns were not read last."""
+    peaks = {}
+    for layers in (SHALLOW, DEEP):
+        packed = write_packed_checkpoint(
+            tmp_path / f"{layers}-layers",
+            bits=8,
+            group_size=128,
+            hidden_size=512,
+            intermediate_size=4096,
+            num_attention_heads=8,
+            num_hidden_layers=layers,
+        )
+        out = tmp_path / f"{layers}"
+        options = {"target": target}
+        peaks[layers] = peak_bytes(SMALL_CHUNKS + PROGRAM, packed.folder, out, options)
+        with open_checkpoint(packed.folder) as checkpoint:
+            plan = plan_export(checkpoint.config, Options(target=target))
+        assert peaks[layers] <= estimate_peak_memory(plan)
     assert peaks[DEEP] < GROWTH * peaks[SHALLOW]
 
 
