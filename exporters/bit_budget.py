@@ -16,11 +16,15 @@ from qwen2x.quantize.scheme import GROUP_SIZES, Scheme
 from qwen2x.quantize.sensitivity import Losses, fitting
 
 MakePlan = Callable[[BitPlan], Plan]
-# Bits per weight of --bits 4: what llama.cpp's Q4_0 takes, which gives a head more than layers.
-_PRESET_LAYERS, _PRESET_HEAD = 4.5, 6.5
-# What compensated rounding leaves of the loss of plain rounding to 4 bits: on the 0.5B checkpoint
-# 0.45 for its layers and for its head. An embedding is not compensated.
-_COMPENSATED = 0.45
+# Bits per weight of --bits 4: what llama.cpp's Q4_0 takes. It gives a head more than layers, and
+# still more where its blocks of 256 do not fit.
+_PRESET_LAYERS, _PRESET_HEAD, _PRESET_NARROW_HEAD = 4.5, 6.5, 8.3
+# What compensated rounding leaves of the loss of plain rounding to 4 bits, on the 0.5B checkpoint
+# and text that nothing was fitted to. An embedding is not compensated.
+_COMPENSATED = {
+    "embed_tokens": 1.0, "qkv_proj": 0.45, "o_proj": 0.35, "gate_up_proj": 0.6, "down_proj": 0.7,
+    "lm_head": 0.45,
+}  # fmt: skip
 # KL divergence per weight of units in 4 bits, relative to an untied head's: the 0.5B checkpoint.
 _TYPICAL = {
     "embed_tokens": 0.15, "qkv_proj": 10.0, "o_proj": 3.5, "gate_up_proj": 1.5, "down_proj": 1.3,
@@ -30,12 +34,12 @@ _TYPICAL = {
 _ATTEMPTS = 10
 
 
-def offered_schemes(options: Options) -> list[Scheme]:
-    """Between which a plan may choose: 4 bits in groups of all sizes, and 8 in the largest."""
-    four = [Scheme(bits=4, group_size=size) for size in GROUP_SIZES]
-    if options.asymmetric:
-        four += [Scheme(bits=4, group_size=size, is_symmetric=False) for size in GROUP_SIZES]
-    return four + [Scheme(bits=8, group_size=size) for size in GROUP_SIZES]
+# Between which plans may choose; of 8 bits, whose groups gain little, two sizes.
+SCHEMES = (
+    *(Scheme(bits=4, group_size=size) for size in GROUP_SIZES),
+    *(Scheme(bits=4, group_size=size, is_symmetric=False) for size in GROUP_SIZES),
+    *(Scheme(bits=8, group_size=size) for size in (32, 128)),
+)
 
 
 def plan_within_budget(
@@ -114,21 +118,27 @@ def parameters_of_units(config: Qwen2Config) -> dict[str, int]:
 
 
 def _offers(config: Qwen2Config, losses: Losses, options: Options) -> dict[str, list[Offer]]:
-    kept = _COMPENSATED if options.is_calibrated else 1.0
     offers: dict[str, list[Offer]] = {}
     for unit, parameters in parameters_of_units(config).items():
         of_unit: list[Offer] = []
         if not losses[unit]:
             Scheme(bits=4, group_size=GROUP_SIZES[0]).require_divides(_columns(config, unit), unit)
-        for scheme, loss in losses[unit].items():
-            share = kept if scheme.bits == 4 and unit != EMBEDDING else 1.0
-            total = share * loss
-            if unit == EMBEDDING and config.is_tied:
-                total += (kept if scheme.bits == 4 else 1.0) * losses[HEAD][scheme]
+        parts = (EMBEDDING, HEAD) if unit == EMBEDDING and config.is_tied else (unit,)
+        for scheme in losses[unit]:
+            if not (scheme.is_symmetric or options.asymmetric):
+                continue
+            loss = sum(losses[part][scheme] * _kept(part, scheme, options) for part in parts)
             size = scheme.bits_per_weight * parameters / 8
-            of_unit.append(Offer(scheme=scheme, bytes=size, loss=total))
+            of_unit.append(Offer(scheme=scheme, bytes=size, loss=loss))
         offers[unit] = of_unit
     return offers
+
+
+def _kept(unit: str, scheme: Scheme, options: Options) -> float:
+    """What a method leaves of the loss of plain rounding."""
+    if scheme.bits == 8 or not options.is_calibrated:
+        return 1.0
+    return _COMPENSATED[unit.rsplit(".", 1)[-1]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +162,8 @@ class _Budget:
             return self.options.bits_per_weight * sum(parameters.values()) / 8
         last = EMBEDDING if self.config.is_tied else HEAD
         rest = sum(count for unit, count in parameters.items() if unit != last)
-        return (_PRESET_LAYERS * rest + _PRESET_HEAD * parameters[last]) / 8
+        head = _PRESET_HEAD if self.config.hidden_size % 256 == 0 else _PRESET_NARROW_HEAD
+        return (_PRESET_LAYERS * rest + head * parameters[last]) / 8
 
     def excess(self, plan: Plan) -> float:
         """Bytes that a plan has too many. A preset is the same whatever a target stores."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwen2x.exporters.bit_budget import offered_schemes, plan_within_budget, typical_losses
+from qwen2x.exporters.bit_budget import SCHEMES, plan_within_budget, typical_losses
 from qwen2x.exporters.bundle_writer import write_bundle
 from qwen2x.exporters.calibration import OnLayer
 from qwen2x.exporters.checkpoint import Checkpoint
@@ -129,7 +129,7 @@ def plan_export(
         bit_plan = bit_plan or imported_bit_plan(config, quantization, options, claimed)
         options = imported_options(options, bit_plan, orders)
     elif bit_plan is None and options.is_planned:
-        losses = typical_losses(config, offered_schemes(options))
+        losses = typical_losses(config, SCHEMES)
         return plan_within_budget(
             config, options, losses, lambda found: plan_export(config, options, found)
         )

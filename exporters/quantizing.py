@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2x.exporters.bit_budget import MakePlan, offered_schemes, plan_within_budget
+from qwen2x.exporters.bit_budget import SCHEMES, MakePlan, plan_within_budget
 from qwen2x.exporters.cache_folder import cache_folder
 from qwen2x.exporters.calibration import (
     CalibratedMatrices,
@@ -79,9 +79,8 @@ def prepare_quantizing(
         return Quantizing(plan=plan, quantizer=plain)
     measurement = None
     if plan.options.is_planned:
-        schemes = offered_schemes(plan.options)
         kept_in = cache_folder() / "measurements"
-        measurement = measure(checkpoint, calibration, schemes, staging, kept_in, on_layer)
+        measurement = measure(checkpoint, calibration, SCHEMES, staging, kept_in, on_layer)
         plan = plan_within_budget(plan.config, plan.options, measurement.losses, make_plan)
     if not plan.options.is_calibrated:
         return Quantizing(plan=plan, quantizer=plain)

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from qwen2x.quantize.decoder import Shape, activate, attend, norm
-from qwen2x.quantize.gptq import gather_moments, round_compensated
+from qwen2x.quantize.gptq import damping_for, gather_moments, round_compensated
 from qwen2x.quantize.groups import Float, QuantizedMatrix, dequantize
 from qwen2x.quantize.scheme import Scheme
 
@@ -131,7 +131,8 @@ class _Fit:
         columns = inputs.rounded.shape[-1]
         self._exact = inputs.exact[: self._fitted].reshape(-1, columns)
         self._rounded = inputs.rounded[: self._fitted].reshape(-1, columns)
-        self.moments = gather_moments(self._rounded.T @ self._rounded)
+        damping = damping_for(columns, len(self._rounded))
+        self.moments = gather_moments(self._rounded.T @ self._rounded, damping)
 
     def lost(self, weights: Float, product: Float) -> Float:
         """W lost [rows, columns], as far as it is to be made up for.

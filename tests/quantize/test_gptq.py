@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from qwen2x.quantize.errors import CheckpointError, SchemeError
 from qwen2x.quantize.gptq import (
-    DAMPING,
+    LEAST_DAMPING,
     Moments,
+    damping_for,
     gather_moments,
     round_compensated,
 )
@@ -51,7 +52,7 @@ def weights(seed: int, rows: int, columns: int) -> Floats:
     return drawn.astype(bfloat16).astype(np.float32)
 
 
-def damped(products: Floats, damping: float = DAMPING) -> Doubles:
+def damped(products: Floats, damping: float = LEAST_DAMPING) -> Doubles:
     """The second moments with a share of their diagonal added, as GPTQ's paper advises."""
     exact = products.astype(np.float64)
     return exact + damping * np.diag(np.maximum(np.diag(exact), 1e-6 * np.diag(exact).mean()))
@@ -114,7 +115,7 @@ def round_slowly(
 
 
 @pytest.mark.parametrize("columns", [32, 128, 160, 384])
-@pytest.mark.parametrize("damping", [DAMPING, 0.1])
+@pytest.mark.parametrize("damping", [LEAST_DAMPING, 0.15])
 def test_the_factor_is_that_of_the_inverse_of_the_damped_moments(
     columns: int, damping: float
 ) -> None:
@@ -312,3 +313,8 @@ def test_a_weight_alone_in_its_group_is_met_whatever_its_importance() -> None:
         restored = steps.clip(-8, 7) * scales.repeat(32, axis=1)
         # A scale has eight bits.
         np.testing.assert_allclose(restored, weight, rtol=2**-8)
+
+
+def test_less_text_for_each_column_means_more_damping() -> None:
+    assert damping_for(896, 1_000_000) == LEAST_DAMPING
+    assert damping_for(896, 24_576) < damping_for(4864, 24_576) < damping_for(18_944, 24_576) <= 1
