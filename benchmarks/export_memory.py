@@ -48,7 +48,9 @@ def main() -> None:
             checkpoint = Path(folder) / "checkpoint"
             size = write_checkpoint(checkpoint, layers)
             out = Path(folder) / "bundle"
-            run = run_measured([*QWEN2X, "export", checkpoint, "--bits", "4", "-o", out])
+            run = run_measured(
+                [*QWEN2X, "export", checkpoint, "--bits", "4", "--method", "rtn", "-o", out]
+            )
             runs[str(layers)] = {
                 "checkpoint_bytes": size,
                 "peak_memory_bytes": run.peak_memory_bytes,

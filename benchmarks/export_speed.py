@@ -33,7 +33,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.repeat):
             out = Path(folder) / "ours"
-            command = [*QWEN2X, "export", args.checkpoint, "--bits", "4", "-o", out, "--force"]
+            command = [
+                *QWEN2X,
+                "export",
+                args.checkpoint,
+                "--bits",
+                "4",
+                "--method",
+                "rtn",
+                "-o",
+                out,
+                "--force",
+            ]
             ours.append(run_measured(command))
             theirs.append(build_with_genai(environment, args.checkpoint, Path(folder) / "genai"))
             shutil.rmtree(Path(folder) / "genai")

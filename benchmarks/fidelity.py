@@ -29,9 +29,9 @@ from qwen2x.runtimes.tokenizer import Tokenizer
 OURS: dict[str, dict[str, int]] = {
     "float32": {},
     "int8-g32": {"bits": 8, "group_size": 32},
-    "int4-g32": {"bits": 4, "group_size": 32},
-    "int4-g64": {"bits": 4, "group_size": 64},
-    "int4-g128": {"bits": 4, "group_size": 128},
+    "int4-g32": {"bits": 4, "group_size": 32, "method": "rtn"},
+    "int4-g64": {"bits": 4, "group_size": 64, "method": "rtn"},
+    "int4-g128": {"bits": 4, "group_size": 128, "method": "rtn"},
 }
 PEER = "onnxruntime-genai int4"
 

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def export(checkpoint: Path, out: Path) -> Run:
-    flags: tuple[Any, ...] = ("--to", "mlx", "--bits", "4", "-o", out, "--force")
+    flags: tuple[Any, ...] = ("--to", "mlx", "--bits", "4", "--method", "rtn", "-o", out, "--force")
     return run_measured([*QWEN2X, "export", checkpoint, *flags])
 
 

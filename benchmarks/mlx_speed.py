@@ -32,7 +32,7 @@ from qwen2x.runtimes.sampler import Sampling
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
-    "int4-g32 float32": {"dtype": "float32", "bits": 4},
+    "int4-g32 float32": {"dtype": "float32", "bits": 4, "method": "rtn"},
 }
 Tokens = Callable[[list[int], int], Iterator[int]]
 

@@ -49,14 +49,21 @@ Windows = dict[str, list[list[int]]]
 
 # Flags of `qwen2x export`.
 OURS: dict[str, tuple[str, ...]] = {
-    "qwen2x onnx int4 g32": ("--bits", "4", "--group-size", "32"),
+    "qwen2x 4 bits": ("--bits", "4"),
+    "qwen2x 4.6 bits per weight": ("--bits-per-weight", "4.6"),
+    "qwen2x 360 MB": ("--max-bytes", "360000000", "--asymmetric"),
+    "qwen2x 392 MB": ("--max-bytes", "392000000", "--asymmetric"),
+    "qwen2x 430 MB": ("--max-bytes", "430000000", "--asymmetric"),
+    "qwen2x 470 MB": ("--max-bytes", "470000000", "--asymmetric"),
+    "qwen2x 500 MB": ("--max-bytes", "500000000", "--asymmetric"),
+    "qwen2x onnx int4 g32": ("--bits", "4", "--group-size", "32", "--method", "rtn"),
     "qwen2x onnx int4 g32 gptq": ("--bits", "4", "--group-size", "32", "--method", "gptq"),
-    "qwen2x onnx int4 g64": ("--bits", "4", "--group-size", "64"),
-    "qwen2x onnx int4 g128": ("--bits", "4", "--group-size", "128"),
+    "qwen2x onnx int4 g64": ("--bits", "4", "--group-size", "64", "--method", "rtn"),
+    "qwen2x onnx int4 g128": ("--bits", "4", "--group-size", "128", "--method", "rtn"),
     "qwen2x onnx int8 g32": ("--bits", "8", "--group-size", "32"),
     "qwen2x onnx int8 g128": ("--bits", "8", "--group-size", "128"),
-    "qwen2x mlx int4 g32": ("--to", "mlx", "--bits", "4", "--group-size", "32"),
-    "qwen2x mlx int4 g64": ("--to", "mlx", "--bits", "4", "--group-size", "64"),
+    "qwen2x mlx int4 g32": ("--to", "mlx", "--bits", "4", "--group-size", "32", "--method", "rtn"),
+    "qwen2x mlx int4 g64": ("--to", "mlx", "--bits", "4", "--group-size", "64", "--method", "rtn"),
     "qwen2x mlx int8 g64": ("--to", "mlx", "--bits", "8", "--group-size", "64"),
 }
 GENAI = "onnxruntime-genai int4"

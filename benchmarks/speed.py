@@ -44,7 +44,9 @@ def main() -> None:
     rounds: dict[str, list[dict[str, Any]]] = {"qwen2x": [], PEER: [], PEER_FORCED: []}
     with tempfile.TemporaryDirectory() as folder:
         bundle, genai = Path(folder) / "ours", Path(folder) / "genai"
-        run_measured([*QWEN2X, "export", args.checkpoint, "--bits", "4", "-o", bundle])
+        run_measured(
+            [*QWEN2X, "export", args.checkpoint, "--bits", "4", "--method", "rtn", "-o", bundle]
+        )
         build_with_genai(environment, args.checkpoint, genai)
         ours = [
             *QWEN2X, "bench", bundle, "--prompt-tokens", PROMPT, "--new-tokens", NEW,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen2x.cli.output import byte_progress, log
+from qwen2x.cli.output import byte_progress, layer_progress, log
 from qwen2x.quantize.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
@@ -274,7 +274,9 @@ def _bundle_of(
         group_size=int(group_size) if group_size else None,
     )
     with byte_progress("exporting (once)") as progress:
-        folder = cached_bundle(model, options, revision=revision, progress=progress)
+        folder = cached_bundle(
+            model, options, revision=revision, progress=progress, on_layer=layer_progress()
+        )
     log(f"using {folder}")
     return folder
 

@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from qwen2x.exporters.bundle import open_bundle, sha256_of
 from qwen2x.exporters.cache_folder import cache_folder
+from qwen2x.exporters.calibration import OnLayer
 from qwen2x.exporters.checkpoint import find_shards
 from qwen2x.exporters.exporter import export
 from qwen2x.exporters.hub import resolve_source, source_id
@@ -31,6 +32,7 @@ def cached_bundle(
     *,
     revision: str | None = None,
     progress: Progress | None = None,
+    on_layer: OnLayer | None = None,
 ) -> Path:
     """The bundle of a source, exported once; its key holds the source's hash and every option.
 
@@ -51,6 +53,7 @@ def cached_bundle(
                 folder,
                 out=out,
                 progress=progress,
+                on_layer=on_layer,
                 source_name=source_id(source),
                 force=True,
                 **vars(options),

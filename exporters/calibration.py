@@ -26,6 +26,7 @@ from qwen2x.exporters.config import Qwen2Config
 from qwen2x.quantize.calibrate import SchemeOf, Streams, calibrate_layer
 from qwen2x.quantize.decoder import Shape
 from qwen2x.quantize.errors import RequestError
+from qwen2x.quantize.gptq import moments_memory
 from qwen2x.quantize.groups import Float, QuantizedMatrix, dequantize
 from qwen2x.quantize.packing import pack_bytes, unpack_bytes
 from qwen2x.quantize.plan import EMBEDDING
@@ -242,10 +243,11 @@ def calibration_memory(config: Qwen2Config) -> int:
     window = window_of(config)
     hidden = config.hidden_size
     widest = max(config.intermediate_size, config.num_attention_heads * config.head_dim, hidden)
-    # Both streams, their inputs and outputs; moments and their factor; a matrix and its trials.
+    # Both streams and their inputs, what is widest within them, moments with a factor that is
+    # being made, a matrix and its trials.
     windows = _MOST_WINDOWS + _MOST_HELD_OUT
-    activations = 4 * windows * window * (7 * hidden + 6 * widest)
-    return activations + 40 * widest**2 + 64 * hidden * widest
+    activations = 4 * windows * window * (4 * hidden + 2 * widest)
+    return activations + moments_memory(widest) + 48 * hidden * widest
 
 
 def is_calibration_file(name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ LEAST_DAMPING = 0.1
 _DAMPING_PER_COLUMN = 3.0
 _MOST_DAMPING = 1.0
 _BLOCK = 32
+_WIDEST_IN_DOUBLE = 8192
 # Up to this size LAPACK factors and inverts, larger matrices by products of their parts.
 _SMALL_TRIANGLE = 128
 
@@ -59,6 +61,12 @@ class Moments:
 def damping_for(columns: int, tokens: int) -> float:
     """A share of the moments' diagonal, more for fewer tokens per column."""
     return min(_MOST_DAMPING, max(LEAST_DAMPING, _DAMPING_PER_COLUMN * columns / tokens))
+
+
+def moments_memory(columns: int) -> int:
+    """An estimate of the bytes that it takes to gather moments."""
+    # Products, the matrix that becomes a factor, half as much beside it, and the factor.
+    return (14 if columns > _WIDEST_IN_DOUBLE else 24) * columns**2
 
 
 def gather_moments(products: Float, damping: float = LEAST_DAMPING) -> Moments:
@@ -147,45 +155,55 @@ def _inverse_factor(moments: Float, order: NDArray[np.int64], damping: float) ->
     floor = 1e-6 * float(diagonal.mean()) or 1.0
     scale = 1 / np.sqrt(np.maximum(diagonal, floor), dtype=np.float64)[order]
     # Seen from behind: the inverse of its lower factor, turned round, is the factor sought.
-    behind = order[::-1]
-    correlation = moments[np.ix_(behind, behind)].astype(np.float64)
-    correlation *= scale[::-1, None]
-    correlation *= scale[::-1]
-    upper = _inverse_of_factor(correlation, damping)[::-1, ::-1]
-    return np.ascontiguousarray(upper * scale, np.float32)
-
-
-def _inverse_of_factor(correlation: Double, damping: float) -> Double:
-    """The inverse of the Cholesky factor, with as much damping as it takes."""
-    diagonal = np.diag_indices_from(correlation)
-    added = 0.0
+    scale = scale[::-1]
     while True:
-        correlation[diagonal] += damping - added
-        added = damping
+        correlation = _correlation(moments, order[::-1], scale)
+        correlation[np.diag_indices_from(correlation)] += damping
         try:
-            return _factor_and_invert(correlation)
+            _factor_and_invert(correlation)
+            break
         except np.linalg.LinAlgError:
             if damping >= _MOST_DAMPING:
                 raise
             damping = min(_MOST_DAMPING, 10 * damping)
             _log.warning("moments are not positive definite; damping raised to %g", damping)
+    correlation *= scale
+    return np.ascontiguousarray(correlation[::-1, ::-1], np.float32)
 
 
-def _factor_and_invert(matrix: Double) -> Double:
-    """L^-1 for the Cholesky factor L of a matrix, by halves, so that nearly all is products.
+def _correlation(
+    moments: Float, order: NDArray[np.int64], scale: Double
+) -> NDArray[np.floating[Any]]:
+    """Moments in an order, each row and column times its scale.
+
+    In float64, but wide matrices in float32, for their size: they are damped the more.
+    """
+    is_wide = len(moments) > _WIDEST_IN_DOUBLE
+    correlation: NDArray[np.floating[Any]] = moments[np.ix_(order, order)].astype(
+        np.float32 if is_wide else np.float64
+    )
+    correlation *= scale[:, None]
+    correlation *= scale
+    return correlation
+
+
+def _factor_and_invert(matrix: NDArray[np.floating[Any]]) -> None:
+    """Puts L^-1 in the place of a matrix with the Cholesky factor L.
+
+    By halves, so that nearly all is products, and little beside the matrix is in memory.
 
     Raises:
-        LinAlgError: the matrix is not positive definite.
+        LinAlgError: the matrix is not positive definite, and now is not what it was.
     """
     size = len(matrix)
     if size <= _SMALL_TRIANGLE:
-        small: Double = np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
-        return small
+        matrix[:] = np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
+        return
     half = size // 2
-    first = _factor_and_invert(matrix[:half, :half])
+    first, last = matrix[:half, :half], matrix[half:, half:]
+    _factor_and_invert(first)
     below = matrix[half:, :half] @ first.T
-    last = _factor_and_invert(matrix[half:, half:] - below @ below.T)
-    inverse = np.zeros_like(matrix)
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[half:, :half] = -last @ (below @ first)
-    return inverse
+    last -= below @ below.T
+    _factor_and_invert(last)
+    matrix[half:, :half] = -last @ (below @ first)
+    matrix[:half, half:] = 0

@@ -27,6 +27,8 @@ SCHEMES = [Scheme(bits=bits, group_size=size) for bits in (4, 8) for size in (32
 INT4 = Scheme(bits=4, group_size=32)
 # The factor is stored as float32, of float64 arithmetic: relative to the inverse's size.
 FACTOR = 1e-6
+# In float32, of moments with a damping of 0.6, whose condition is at most some 1,000.
+SINGLE = 1e-4
 # Squared output error over plain rounding's, on inputs of which a quarter of the directions hold
 # nearly all: what compensation is for. Measured 0.07 to 0.13.
 GAIN = 0.15
@@ -127,6 +129,15 @@ def test_the_factor_is_that_of_the_inverse_of_the_damped_moments(
     np.testing.assert_array_equal(moments.factor, np.triu(moments.factor))
     assert (np.diag(moments.factor) > 0).all()
     assert moments.factor.dtype == np.float32
+
+
+def test_wide_moments_are_factored_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(1, 384)
+    exact = gather_moments(x.T @ x, 0.6)
+    monkeypatch.setattr("qwen2x.quantize.gptq._WIDEST_IN_DOUBLE", 383)
+    factor = gather_moments(x.T @ x, 0.6).factor
+    assert (factor != exact.factor).any()
+    assert np.abs(factor - exact.factor).max() < SINGLE * np.abs(exact.factor).max()
 
 
 def test_columns_are_ordered_by_falling_importance() -> None:
