@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 @click.option(
     "--bits-per-weight", type=float,
     help="In place of --bits: a budget of stored bits over all weights, such as 4.6, spent where "
-    "measurements say that it matters.",
+    "measurements say that it matters. Default: none.",
 )  # fmt: skip
 @click.option(
     "--max-bytes", type=int,
-    help="The same budget in bytes, for weights and graph (without tokenizer files).",
+    help="The same budget in bytes, of weights and graph, without tokenizer files. Default: none.",
 )  # fmt: skip
 @click.option(
     "--asymmetric", is_flag=True,
