@@ -132,7 +132,14 @@ def test_a_bundle_that_was_not_calibrated_says_so(own_source: Path, out: Path) -
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-@pytest.mark.parametrize("scheme", [{"bits": 4}, {"bits": 8, "group_size": 64}], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"bits": 4}, {"bits": 8, "group_size": 64}, {"group_size": None},
+        {"group_size": None, "asymmetric": True},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_both_targets_hold_the_same_integers(
     scheme: dict[str, int], is_tied: bool, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ from qwen2x.quantize.groups import dequantize, quantize
 from qwen2x.quantize.scheme import Scheme
 from qwen2x.runtimes.runtime import open_runtime
 from tests.exporters.judge import judge_logits, load_judge
+from tests.exporters.test_mlx_values import codes_of_words
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(
@@ -96,8 +97,12 @@ CASES = {
     "int4-in-shards": case(UNTIED, bits=4, method="rtn", max_shard_bytes=100_000),
     # 8 bits for q, k and v take the layers' groups here: 128 does not divide the hidden size.
     "int4-narrow": case(
-        {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3}, bits=4
+        {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3},
+        bits=4,
+        method="rtn",
     ),
+    "planned": case(bits=4),
+    "planned-with-zero-points": case(UNTIED, bits_per_weight=6.5, asymmetric=True),
     # transformers 5 writes these; mlx-lm would read none of them.
     "theta-of-rope-parameters": case(V5 | {"rope_parameters": THETA}),
     "yarn-of-rope-parameters": case(
@@ -152,13 +157,28 @@ class Opened:
     def judge(self) -> Qwen2ForCausalLM:
         """transformers' model of the source, with the values that our integers stand for."""
         model = load_judge(self.source)
+        is_planned = self.folder.name.startswith("planned")
+        stored = load_file(self.folder / "model.safetensors") if is_planned else {}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 scheme = self.scheme_of(name.removesuffix(".weight"))
                 if parameter.ndim == 2 and scheme is not None:
                     values = dequantize(quantize(parameter.numpy(), scheme))
+                    if is_planned:
+                        values = values_of(stored, name.removesuffix(".weight"), scheme)
                     parameter.copy_(torch.from_numpy(values))
         return model
+
+
+def values_of(
+    stored: Mapping[str, NDArray[Any]], module: str, scheme: Scheme
+) -> NDArray[np.float32]:
+    """As mx.dequantize says it: scales * code + biases."""
+    codes = codes_of_words(stored[f"{module}.weight"], scheme.bits)
+    grouped = codes.reshape(len(codes), -1, scheme.group_size).astype(np.float32)
+    scales, biases = (stored[f"{module}.{part}"][:, :, None] for part in ("scales", "biases"))
+    values: NDArray[np.float32] = (grouped * scales + biases).reshape(codes.shape)
+    return values
 
 
 @pytest.fixture(scope="module")
