@@ -13,6 +13,8 @@ from qwen2x.cli.options import json_option
 from qwen2x.cli.output import figure_text, print_json, print_table, size_text
 from qwen2x.quantize.errors import RequestError
 
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
 
 @click.command("inspect", epilog="\b\nExample: qwen2x inspect qwen-int4")
 @click.argument("path")
@@ -110,7 +112,7 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> dict[str, Any]:
         "graph": manifest.get("graph"),
         "quantization": manifest.get("quantization"),
         "max_context": bundle.max_context,
-        "cache_bytes_per_token": elements * (4 if cache["dtype"] == "float32" else 2),
+        "cache_bytes_per_token": elements * _BYTES[cache["dtype"]],
         "files": manifest["files"],
         "is_verified": verify,
     }

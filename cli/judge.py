@@ -48,6 +48,14 @@ class Judge:
 
     def tolerance(self, candidate: Bundle) -> Tolerance:
         """What may lie between it and a candidate."""
+        from qwen2x.runtimes.tolerance import with_int8_cache
+
+        bundles = [candidate, *([self.bundle] if self.bundle else [])]
+        limits = self._tolerance_of_weights(candidate)
+        has_int8_cache = any(bundle.cache["dtype"] == "int8" for bundle in bundles)
+        return with_int8_cache(limits) if has_int8_cache else limits
+
+    def _tolerance_of_weights(self, candidate: Bundle) -> Tolerance:
         from qwen2x.runtimes.tolerance import tolerance_between, tolerance_for
 
         ours = candidate.scheme, candidate.dtype

@@ -82,7 +82,8 @@ place_options = _together(
     click.option(
         "--kv-bits",
         type=click.Choice(["8"]),
-        help="Keep the KV cache in 8 bits; with MLX only. Default: in the float type.",
+        help="Keep the KV cache in 8 bits; an ONNX bundle must be exported so. Default: as the "
+        "bundle has it, floats for a checkpoint.",
     ),
 )
 
@@ -170,7 +171,7 @@ def open_model(
         device: ``auto``, ``cpu``, ``cuda`` or ``metal``.
         threads: on the CPU; None is the backend's own choice.
         graph: run an MLX folder's ``decode.mlxfn``.
-        kv_bits: of the KV cache; None is the float type.
+        kv_bits: of the KV cache; None is the bundle's own, floats for a checkpoint.
         **making: revision, bits, group_size, dtype: of the bundle that a checkpoint becomes.
     """
     from qwen2x.exporters.bundle import is_bundle
@@ -190,8 +191,9 @@ def open_model(
             _refuse(making, names, f"{model} is a bundle, which is made")
         else:
             target = backend or default_backend()
-            _require_runnable(model, target, device, graph, kv_bits)
-            folder = _bundle_of(model, target, device, **making)
+            _require_runnable(model, target, device, graph)
+            baked = int(kv_bits) if kv_bits and target == "onnx" else None
+            folder = _bundle_of(model, target, device, kv_bits=baked, **making)
     return open_runtime(
         folder,
         backend=backend,
@@ -224,19 +226,12 @@ def _refuse(making: dict[str, Any], names: tuple[str, ...], reason: str) -> None
         raise RequestError(f"{reason}; leave out {' and '.join(given)}")
 
 
-def _require_runnable(
-    model: str, target: str, device: str, graph: bool, kv_bits: str | None
-) -> None:
+def _require_runnable(model: str, target: str, device: str, graph: bool) -> None:
     """Raises what opening the bundle of a checkpoint would, before it is made."""
     if graph:
         raise RequestError(
             f"--graph runs a bundle's decode.mlxfn, and {model} is a checkpoint; make one first: "
             f"qwen2x export {model} --to mlx --graph -o FOLDER"
-        )
-    if kv_bits is not None and target != "mlx":
-        raise BackendError(
-            f"an 8-bit KV cache is there for mlx, not for {target}; leave out --kv-bits, or use "
-            "--backend mlx"
         )
     if target == "mlx":
         with suppress(ImportError):  # what is not installed is told when the bundle is opened
@@ -258,6 +253,8 @@ def _bundle_of(
     model: str,
     target: str,
     device: str,
+    *,
+    kv_bits: int | None,
     revision: str | None,
     bits: str | None,
     group_size: str | None,
@@ -272,6 +269,7 @@ def _bundle_of(
         dtype=dtype,
         bits=int(bits) if bits else None,
         group_size=int(group_size) if group_size else None,
+        kv_bits=kv_bits,
     )
     with byte_progress("exporting (once)") as progress:
         folder = cached_bundle(

@@ -258,8 +258,8 @@ def _require_usable(bundle: Bundle) -> None:
             raise ValueError(f"cache {name} is {cache[name]!r}")
     if cache["layout"] not in _LAYOUTS:
         raise ValueError(f"cache layout is {cache['layout']!r}")
-    for dtype in (bundle.dtype, cache["dtype"]):
-        if dtype not in _DTYPES:
+    for dtype, known in ((bundle.dtype, _DTYPES), (cache["dtype"], (*_DTYPES, "int8"))):
+        if dtype not in known:
             raise ValueError(f"dtype is {dtype!r}")
     eos = bundle.manifest["eos_token_ids"]
     if not isinstance(eos, list) or not all(isinstance(token, int) for token in eos):

@@ -16,6 +16,11 @@ from typing import Any
 import numpy as np
 
 from qwen2x.exporters.bundle import FORMAT_VERSION, describe_files, sha256_of, write_manifest
+from qwen2x.exporters.cache_calibration import (
+    cache_calibration_memory,
+    cache_text,
+    calibrate_cache,
+)
 from qwen2x.exporters.calibration import (
     Calibration,
     OnLayer,
@@ -39,6 +44,7 @@ from qwen2x.exporters.weight_writer import (
     write_weights,
 )
 from qwen2x.exporters.weights import DataFile, bits_per_weight, by_kind
+from qwen2x.quantize.cache_ranges import CacheRanges
 from qwen2x.quantize.errors import BundleError
 from qwen2x.quantize.plan import BitPlan
 
@@ -63,6 +69,8 @@ def estimate_peak_memory(plan: Plan) -> int:
         reading = calibration_memory(plan.config)
     if plan.options.is_planned:
         reading = max(reading, measuring_memory(plan.config))
+    if plan.options.kv_bits is not None:
+        reading = max(reading, cache_calibration_memory(plan.config))
     return _BASE_MEMORY + max(writing, reading)
 
 
@@ -115,15 +123,16 @@ def write_bundle(
                 on_layer,
             )
             plan = ready.plan
+            cache_ranges = _cache_ranges(checkpoint, calibration, options, staging, on_layer)
             _keep_only_weights(staging, plan.data_files)
             write_weights(
                 checkpoint, plan.weights, plan.data_files, staging, progress, ready.quantizer
             )
             _copy_companions(folder, staging)
-            added = plan.write_structure(staging)
+            added = plan.write_structure(staging, cache_ranges)
             sha256 = {name: future.result() for name, future in hashes.items()}
             manifest = _manifest(plan, {"id": source_id, "sha256": sha256}) | added
-            manifest["calibration"] = calibration.to_json() if calibration else None
+            manifest |= _calibration_facts(calibration, options, manifest["cache"])
             if ready.estimate is not None:
                 manifest["quality"] = {"estimate": ready.estimate}
             calibration_files = {name for name in os.listdir(staging) if is_calibration_file(name)}
@@ -145,6 +154,33 @@ def _calibration(checkpoint: Checkpoint, options: Options) -> Calibration | None
         return None
     path = None if options.calibration is None else Path(options.calibration)
     return read_calibration(checkpoint.folder, path, checkpoint.config)
+
+
+def _calibration_facts(
+    calibration: Calibration | None, options: Options, cache: dict[str, Any]
+) -> dict[str, Any]:
+    """What the manifest says of the text: for the matrices, and in ``cache`` for a cache's scales.
+
+    They read different shares of it.
+    """
+    is_for_matrices = options.is_calibrated or options.is_planned
+    facts = calibration.to_json() if calibration and is_for_matrices else None
+    if calibration is not None and options.kv_bits is not None:
+        cache = cache | {"calibration": cache_text(calibration).to_json()}
+    return {"calibration": facts, "cache": cache}
+
+
+def _cache_ranges(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    options: Options,
+    staging: Path,
+    on_layer: OnLayer,
+) -> CacheRanges | None:
+    if calibration is None or options.kv_bits is None:
+        return None
+    positions = options.context_of(checkpoint.config)
+    return calibrate_cache(checkpoint, calibration, positions, staging, on_layer)
 
 
 def write_json(path: Path, content: Any) -> None:

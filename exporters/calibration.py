@@ -94,7 +94,7 @@ def read_calibration(folder: Path, path: Path | None, config: Qwen2Config) -> Ca
     if count < _LEAST_TOKENS or not rows:
         raise RequestError(
             f"the calibration text has {count} tokens, expected {_LEAST_TOKENS} or more; "
-            "add to it, or use --method rtn"
+            "add to it, or use --method rtn without --kv-bits"
         )
     # Of every part of the mix a share, in an order that is always the same.
     order = np.random.default_rng(0).permutation(len(rows))
@@ -110,7 +110,10 @@ def read_calibration(folder: Path, path: Path | None, config: Qwen2Config) -> Ca
 
 def _open_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise RequestError(f"{path.parent} has no {path.name}, which --method gptq needs; use rtn")
+        raise RequestError(
+            f"{path.parent} has no {path.name}, which --method gptq and --kv-bits need; use rtn "
+            "without --kv-bits"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.weights import DataFile, Weight
+from qwen2x.quantize.cache_ranges import CacheRanges
 from qwen2x.quantize.plan import BitPlan
 
 
@@ -45,8 +46,11 @@ class Plan(Protocol):
         """Bytes of the larger files beside them: a graph, or an index."""
         ...
 
-    def write_structure(self, staging: Path) -> dict[str, Any]:
-        """Writes what describes the model to those who load it; gives what the manifest adds."""
+    def write_structure(self, staging: Path, cache_ranges: CacheRanges | None) -> dict[str, Any]:
+        """Writes what describes the model to those who load it; gives what the manifest adds.
+
+        ``cache_ranges`` are there where the options ask for a KV cache in 8 bits.
+        """
         ...
 
     def manifest(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from qwen2x.exporters.mlx_config import mlx_config, unread_by_mlx_lm
 from qwen2x.exporters.mlx_weights import MlxLayout, lay_out
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.weights import FLOAT_TYPES, DataFile, Weight
+from qwen2x.quantize.cache_ranges import CacheRanges
 from qwen2x.quantize.errors import BackendError
 from qwen2x.quantize.plan import BitPlan
 
@@ -45,8 +46,8 @@ class MlxPlan:
         """See ``Plan``."""
         return {INDEX: len(_to_text(self._index()))}
 
-    def write_structure(self, staging: Path) -> dict[str, Any]:
-        """See ``Plan``: index, config, and the graph if it is wanted."""
+    def write_structure(self, staging: Path, cache_ranges: CacheRanges | None) -> dict[str, Any]:
+        """See ``Plan``: index, config, and the graph if it is wanted. The cache has no ranges."""
         (staging / INDEX).write_text(_to_text(self._index()), encoding="utf-8")
         text = json.dumps(self._config(), indent=4, ensure_ascii=False)
         (staging / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
 """Attention with rotary positions and KV cache, for the fused and for the standard operators.
 
 Fused: com.microsoft::GroupQueryAttention takes packed q|k|v, rotates inside, and appends to a cache
-that may be one buffer for past and present. Standard: RotaryEmbedding-23 and Attention-23, whose
-present is past and new keys concatenated.
+that may be one buffer for past and present. Fused in 8 bits: the same with q and k rotated before,
+since the centres of rotated keys are taken out of them (``quantize/cache_ranges.py``). Standard:
+RotaryEmbedding-23 and Attention-23, whose present is past and new keys concatenated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from onnx import TensorProto
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
 from qwen2x.exporters.onnx_target import Target
+from qwen2x.quantize.cache_ranges import CacheRanges
+from qwen2x.quantize.groups import Float
 
 B, S, P, T = "batch", "sequence", "past", "total"
 
@@ -21,12 +24,19 @@ class AttentionBuilder:
     """Declares the cache, prepares tables and masks once, then attends layer by layer."""
 
     def __init__(
-        self, graph: GraphBuilder, config: Qwen2Config, target: Target, max_context: int
+        self,
+        graph: GraphBuilder,
+        config: Qwen2Config,
+        target: Target,
+        *,
+        max_context: int,
+        cache_ranges: CacheRanges | None,
     ) -> None:
         self._graph = graph
         self._config = config
         self._target = target
         self._float = target.float_type
+        self._cache_ranges = cache_ranges
         for layer in range(config.num_hidden_layers):
             self._declare_cache(layer)
         self._tables = self._rope_tables(max_context)
@@ -34,20 +44,24 @@ class AttentionBuilder:
             self._last_key, self._total = self._sequence_lengths()
         else:
             self._mask = self._causal_mask()
+        if not target.is_fused or cache_ranges is not None:
             self._rows = [self._gather_rope_rows(table) for table in self._tables]
 
     def attend(self, layer: int, packed: str) -> str:
         """The heads' output [batch, sequence, query_size] for q|k|v packed in one value."""
         place = f"/model/layers.{layer}/self_attn"
+        if self._cache_ranges is not None:
+            return self._fused_int8(layer, place, packed, self._cache_ranges)
         if self._target.is_fused:
             return self._fused(layer, place, packed)
         return self._standard(layer, place, packed)
 
     def _declare_cache(self, layer: int) -> None:
         heads, size = self._config.num_key_value_heads, self._config.head_dim
+        element_type = self._float if self._cache_ranges is None else TensorProto.INT8
         for past, present in zip(self._past(layer), self._present(layer), strict=True):
-            self._graph.input(past, self._float, (B, heads, P, size))
-            self._graph.output(present, self._float, (B, heads, T, size))
+            self._graph.input(past, element_type, (B, heads, P, size))
+            self._graph.output(present, element_type, (B, heads, T, size))
 
     def _past(self, layer: int) -> list[str]:
         return [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
@@ -147,7 +161,46 @@ class AttentionBuilder:
         )
         return self._graph.value(f"{node}/output_0", self._float, (B, S, config.query_size))
 
-    def _standard(self, layer: int, place: str, packed: str) -> str:
+    def _fused_int8(self, layer: int, place: str, packed: str, ranges: CacheRanges) -> str:
+        graph, config = self._graph, self._config
+        rotated = self._rotated(place, packed)
+        centre = self._key_centre(place, ranges.key_centres[layer])
+        shape: Shape = (B, S, config.key_value_size)
+        key = graph.op(f"{place}/k/Sub", [rotated["k"], centre], self._float, shape)
+        per_channel = (1, config.num_key_value_heads, 1, config.head_dim)
+        scales = [
+            graph.constant(f"{place}/{part}_scale", values[layer].reshape(per_channel))
+            for part, values in (("k", ranges.key_scales), ("v", ranges.value_scales))
+        ]
+        node = f"{place}/GroupQueryAttention"
+        new = [rotated["q"], key, rotated["v"]]
+        # No tables, positions, attention_bias nor head_sink.
+        unused = [""] * 5
+        graph.node(
+            node,
+            [*new, *self._past(layer), self._last_key, self._total, *unused, *scales],
+            [f"{node}/output_0", *self._present(layer)],
+            domain=MICROSOFT,
+            num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
+            scale=config.head_dim**-0.5,
+            do_rotary=0,
+            k_quant_type="PER_CHANNEL",
+            v_quant_type="PER_CHANNEL",
+            kv_cache_bit_width=8,
+        )
+        return graph.value(f"{node}/output_0", self._float, (B, S, config.query_size))
+
+    def _key_centre(self, place: str, values: Float) -> str:
+        """Of a layer's keys [key_value_size], in the cache's float type."""
+        graph, shape = self._graph, values.shape
+        name = graph.constant(f"{place}/key_centre", values)
+        if self._float == TensorProto.FLOAT:
+            return name
+        return graph.op(f"{place}/key_centre/Cast", [name], self._float, shape, to=self._float)
+
+    def _rotated(self, place: str, packed: str) -> dict[str, str]:
+        """q, k and v [batch, sequence, width], the first two rotated to their positions."""
         graph, config = self._graph, self._config
         widths = {"q": config.query_size, "k": config.key_value_size, "v": config.key_value_size}
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
@@ -164,6 +217,11 @@ class AttentionBuilder:
                 (B, S, widths[part]),
                 num_heads=count,
             )
+        return names
+
+    def _standard(self, layer: int, place: str, packed: str) -> str:
+        graph, config = self._graph, self._config
+        names = self._rotated(place, packed)
         node = f"{place}/Attention"
         graph.node(
             node,

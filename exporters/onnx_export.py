@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from qwen2x.exporters.bundle_writer import cache_facts, write_json
+from qwen2x.exporters.cache_calibration import unknown_ranges
 from qwen2x.exporters.config import Qwen2Config, read_json
 from qwen2x.exporters.genai_config import genai_config
 from qwen2x.exporters.onnx_graph import Recipe, build_graph
@@ -18,6 +19,7 @@ from qwen2x.exporters.onnx_weights import WeightLayout
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.packed_matrices import Order
 from qwen2x.exporters.weights import DataFile, Weight
+from qwen2x.quantize.cache_ranges import CacheRanges
 from qwen2x.quantize.plan import BitPlan
 
 GRAPH_FILE = "model.onnx"
@@ -57,9 +59,16 @@ class OnnxPlan:
         """See ``Plan``."""
         return {GRAPH_FILE: int(self.model.ByteSize())}
 
-    def write_structure(self, staging: Path) -> dict[str, Any]:
+    @property
+    def _cache_dtype(self) -> str:
+        return self.recipe.target.dtype if self.recipe.cache_ranges is None else "int8"
+
+    def write_structure(self, staging: Path, cache_ranges: CacheRanges | None) -> dict[str, Any]:
         """See ``Plan``: the graph, the config, and onnxruntime-genai's config."""
-        onnx.save_model(self.model, staging / GRAPH_FILE)
+        model = self.model
+        if cache_ranges is not None:
+            model, _ = build_graph(replace(self.recipe, cache_ranges=cache_ranges))
+        onnx.save_model(model, staging / GRAPH_FILE)
         generation = read_json(staging / "generation_config.json") or {}
         recipe = self.recipe
         genai = genai_config(recipe.config, recipe.target, recipe.max_context, generation)
@@ -77,7 +86,7 @@ class OnnxPlan:
             "inputs": [item.name for item in graph.input if item.name not in optional],
             "optional_inputs": [item.name for item in graph.input if item.name in optional],
             "outputs": [item.name for item in graph.output],
-            "cache": cache_facts(self.config, target.dtype, target.cache_layout),
+            "cache": cache_facts(self.config, self._cache_dtype, target.cache_layout),
             "versions": {"onnx": onnx.__version__},
         }
 
@@ -92,13 +101,20 @@ def plan_onnx(
     Raises:
         SchemeError, BackendError, ConfigError: options that do not fit the model or each other.
     """
-    is_quantized = any(bit_plan.schemes.values())
+    has_int8_cache = options.kv_bits is not None
+    target = find_target(
+        options.device or "cpu",
+        options.dtype,
+        is_quantized=any(bit_plan.schemes.values()),
+        has_int8_cache=has_int8_cache,
+    )
     recipe = Recipe(
         config=config,
-        target=find_target(options.device or "cpu", options.dtype, is_quantized=is_quantized),
+        target=target,
         bit_plan=bit_plan,
         orders=orders,
         max_context=options.context_of(config),
+        cache_ranges=unknown_ranges(config) if has_int8_cache else None,
     )
     model, layout = build_graph(recipe)
     return OnnxPlan(options=options, recipe=recipe, model=model, layout=layout)

@@ -4,11 +4,11 @@ Inputs
     input_ids                        [batch, sequence]                              int64
     attention_mask                   [batch, total]                                 int64
     position_ids                     [batch, sequence]                              int64
-    past_key_values.{i}.{key,value}  [batch, key_value_heads, past, head_dim]       float type
+    past_key_values.{i}.{key,value}  [batch, key_value_heads, past, head_dim]       float or int8
     num_logits_to_keep (optional)    []  0: all rows, n: the last n                 int64
 Outputs
     logits                           [batch, sequence (or kept), vocab_size]        float32
-    present.{i}.{key,value}          [batch, key_value_heads, total, head_dim]      float type
+    present.{i}.{key,value}          [batch, key_value_heads, total, head_dim]      float or int8
 
 Operators: ``docs/ContribOperators.md`` of onnxruntime 1.31 for com.microsoft, opset 23 otherwise.
 """
@@ -29,6 +29,7 @@ from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
 from qwen2x.exporters.onnx_target import Target
 from qwen2x.exporters.onnx_weights import WeightLayout
 from qwen2x.exporters.weights import Weight
+from qwen2x.quantize.cache_ranges import CacheRanges
 from qwen2x.quantize.plan import BitPlan
 
 KEPT = "kept"
@@ -43,7 +44,8 @@ class Recipe:
 
     ``bit_plan`` gives every matrix its scheme. ``max_context`` is the number of positions that the
     rotary table covers. ``orders`` are int32 [columns], by module path, of matrices that are stored
-    with their columns in that order.
+    with their columns in that order. ``cache_ranges`` are the scales of a KV cache in 8 bits; None
+    is one in the float type.
     """
 
     config: Qwen2Config
@@ -51,6 +53,7 @@ class Recipe:
     bit_plan: BitPlan
     max_context: int
     orders: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
+    cache_ranges: CacheRanges | None = None
 
 
 def build_graph(recipe: Recipe) -> tuple[ModelProto, WeightLayout]:
@@ -84,7 +87,11 @@ class _Decoder:
         # Declared with the axis name of the inputs: optimum derives output shapes from it.
         self.graph.output("logits", TensorProto.FLOAT, (B, S, self.config.vocab_size))
         self.attention = AttentionBuilder(
-            self.graph, recipe.config, recipe.target, recipe.max_context
+            self.graph,
+            recipe.config,
+            recipe.target,
+            max_context=recipe.max_context,
+            cache_ranges=recipe.cache_ranges,
         )
         self.first_row = self._first_kept_row()
 

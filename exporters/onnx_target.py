@@ -82,7 +82,9 @@ TARGETS = (
 )
 
 
-def find_target(device: str, dtype: str | None, *, is_quantized: bool) -> Target:
+def find_target(
+    device: str, dtype: str | None, *, is_quantized: bool, has_int8_cache: bool = False
+) -> Target:
     """The row for a device and float type; without a type, what the device is best at.
 
     Raises:
@@ -101,8 +103,10 @@ def find_target(device: str, dtype: str | None, *, is_quantized: bool) -> Target
             f"no ONNX graph for --device {device} --dtype {dtype}; "
             + (f"choose --dtype {' or '.join(known)}" if known else "choose --device cpu or cuda")
         )
-    if is_quantized and not target.is_fused:
+    unfit = "--bits" if is_quantized else "--kv-bits" if has_int8_cache else None
+    if unfit and not target.is_fused:
         raise BackendError(
-            "--bits with --dtype float32 on cuda has no kernel; choose --dtype bfloat16 or float16"
+            f"{unfit} with --dtype float32 on cuda has no kernel; choose --dtype bfloat16 or "
+            "float16"
         )
     return target

@@ -37,7 +37,10 @@ class Options:
         max_bytes: the same, for weights and what describes them to their runtime.
         asymmetric: a plan may also choose 4-bit groups with zero points of their own.
         method: ``auto``, ``rtn`` or ``gptq``.
-        calibration: the text file that gptq fits to; None is the mix that ships with qwen2x.
+        calibration: the text file to measure with and to fit to; None is the mix that ships with
+            qwen2x.
+        kv_bits: 8 builds an ONNX graph whose KV cache holds codes of 8 bits; None is its float
+            type. An MLX folder's cache is chosen when it runs.
         max_context: positions to prepare for; None is all that the model can.
         graph: also trace an MLX folder's forward pass into ``decode.mlxfn``, which needs mlx.
     """
@@ -52,6 +55,7 @@ class Options:
     asymmetric: bool = False
     method: str = "auto"
     calibration: str | None = None
+    kv_bits: int | None = None
     max_context: int | None = None
     graph: bool = False
 
@@ -61,9 +65,11 @@ class Options:
         if self.method not in METHODS:
             raise SchemeError(f"method must be {' or '.join(METHODS)}, got {self.method!r}")
         self._require_sound_budget()
+        self._require_kv_bits()
         if self.calibration is not None and not self.reads_text:
             raise SchemeError(
-                "--calibration is for --bits 4, --method gptq and budgets; add one, or leave it out"
+                "--calibration is for --bits 4, --method gptq, budgets and --kv-bits; add one, or "
+                "leave it out"
             )
         if self.graph and self.target != "mlx":
             raise BackendError("--graph is for --to mlx; an ONNX bundle is a graph: leave it out")
@@ -82,6 +88,20 @@ class Options:
         if self.asymmetric and not self.is_planned:
             raise SchemeError(
                 "--asymmetric is for --bits 4 without --group-size, or a budget; leave it out"
+            )
+
+    def _require_kv_bits(self) -> None:
+        if self.kv_bits is None:
+            return
+        if self.kv_bits != 8:
+            raise BackendError(
+                f"--kv-bits must be 8, got {self.kv_bits!r}; fewer spoil the keys of Qwen2, leave "
+                "it out for floats"
+            )
+        if self.target == "mlx":
+            raise BackendError(
+                "an MLX folder's cache is chosen when it runs; leave --kv-bits out here, and give "
+                "it to qwen2x run"
             )
 
     @property
@@ -116,8 +136,8 @@ class Options:
 
     @property
     def reads_text(self) -> bool:
-        """Whether a text is read, to measure or to round."""
-        return self.is_calibrated or self.is_planned
+        """Whether a text is read, to measure or to round, or for the cache."""
+        return self.is_calibrated or self.is_planned or self.kv_bits is not None
 
     def bit_plan(self, config: Qwen2Config) -> BitPlan:
         """The scheme of every matrix, as far as no measurement decides."""

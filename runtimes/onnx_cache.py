@@ -14,6 +14,7 @@ _ELEMENT_TYPES: dict[str, Any] = {
     "float32": np.float32,
     "float16": np.float16,
     "bfloat16": _BFLOAT16,
+    "int8": np.int8,
 }
 
 

@@ -160,7 +160,8 @@ def open_runtime(
         verify: hash every file of the bundle first.
         prefill_chunk: tokens of a prompt that are run at once.
         graph: run an MLX folder's ``decode.mlxfn`` instead of our own forward pass.
-        kv_bits: 8 halves the KV cache of an MLX folder; by default it holds floats.
+        kv_bits: 8 keeps the KV cache of an MLX folder in 8 bits; by default it holds floats. An
+            ONNX bundle has the cache that it was exported with, and 8 requires one in 8 bits.
 
     Raises:
         BundleError: a damaged or unfit bundle.
@@ -185,6 +186,11 @@ def open_runtime(
             f"{folder} is made for {bundle.target}, which is a graph anyway; leave out --graph"
         )
     _require_kv_bits(kv_bits, "a graph" if graph else bundle.target)
+    if kv_bits is not None and bundle.target == "onnx" and bundle.cache["dtype"] != "int8":
+        raise BackendError(
+            f"{folder} was exported with a KV cache in {bundle.cache['dtype']}, expected int8; "
+            "export it again with --kv-bits 8, or leave it out here"
+        )
     module = _import_backend(bundle.target)
     opened: Runtime
     if graph:
@@ -359,9 +365,10 @@ def _require_kv_bits(kv_bits: int | None, backend: str) -> None:
             f"kv_bits must be 8, got {kv_bits!r}; fewer spoil the keys of Qwen2, leave it out for "
             "floats"
         )
-    if backend != "mlx":
+    if backend not in ("mlx", "onnx"):
         raise BackendError(
-            f"an 8-bit KV cache is there for mlx, not for {backend}; leave out --kv-bits (kv_bits)"
+            f"an 8-bit KV cache is there for onnx and mlx, not for {backend}; leave out --kv-bits "
+            "(kv_bits)"
         )
 
 

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen2x.cli.judging import read_text
 from qwen2x.exporters import export
-from qwen2x.runtimes.compare import Difference, compare, windows_of
+from qwen2x.runtimes.compare import Difference, compare, kl_divergence, windows_of
 from qwen2x.runtimes.runtime import Runtime, open_runtime
 from qwen2x.runtimes.tokenizer import Tokenizer
 
+TEXTS = Path(__file__).resolve().parents[1] / "benchmarks" / "texts"
 NAME = "QWEN2X_REAL_CHECKPOINT"
 pytestmark = [
     pytest.mark.real,
@@ -66,3 +68,20 @@ def test_four_bits_stay_near(judge: Runtime, tmp_path: Path) -> None:
     found = difference(judge, tmp_path / "int4", 512, bits=4, method="rtn")
     assert found.kl_mean <= 0.125
     assert found.top1_agreement >= 0.75
+
+
+def test_a_cache_in_eight_bits_adds_little_over_4096_tokens(tmp_path: Path) -> None:
+    source = Path(os.environ[NAME])
+    folders = [tmp_path / "float-cache", tmp_path / "int8-cache"]
+    for folder, kv_bits in zip(folders, (None, 8), strict=True):
+        export(source, out=folder, kv_bits=kv_bits)
+    texts = [(TEXTS / f"{kind}.txt").read_text("utf-8") for kind in ("prose", "code")]
+    ids = [token for text in texts for token in Tokenizer(source).encode(text)][:4096]
+    assert len(ids) == 4096
+    added = []
+    with open_runtime(folders[0]) as floats, open_runtime(folders[1]) as codes:
+        for start in range(0, len(ids), 512):
+            chunk = ids[start : start + 512]
+            theirs, ours = (runtime.append(chunk, keep=512) for runtime in (floats, codes))
+            added.append(kl_divergence(theirs, ours))
+    assert np.concatenate(added).mean() <= 0.002

@@ -116,7 +116,7 @@ def test_options_that_do_not_fit_are_one_line(
     ("content", "said"),
     [
         (b"", "the calibration text has 0 tokens, expected 2048 or more; add to it"),
-        (b"In the beginning.\n", " tokens, expected 2048 or more; add to it, or use --method rtn"),
+        (b"In the beginning.\n", " tokens, expected 2048 or more; add to it, or leave out "),
         (b"\xff\xfe" * 9000, "text.txt cannot be read as UTF-8 text: 'utf-8' codec can't decode"),
         (None, "text.txt cannot be read as UTF-8 text: [Errno 2] No such file"),
         ("folder", "text.txt cannot be read as UTF-8 text: "),
@@ -160,7 +160,7 @@ LAST = "model.layers.1.mlp.down_proj.weight"
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (without_tokenizer, "has no tokenizer.json, which --method gptq needs; use rtn"),
+        (without_tokenizer, "has no tokenizer.json, which --method gptq and --kv-bits need"),
         (with_an_unknown_tokenizer, "fetch it again"),
         (multiplied(LAST, np.nan), f"{LAST} holds NaN or infinity"),
         (multiplied(LAST, 1e30), "weights must be finite and within 2**48"),

@@ -189,8 +189,8 @@ def test_what_only_a_bundle_can_do_is_refused_before_a_checkpoint_is_exported(
     """Both were told only after the export, and as faults of a folder in the cache."""
     said = call("run", example, "hi", "--backend", "mlx", "--graph").complaint
     assert f"make one first: qwen2x export {example} --to mlx --graph -o FOLDER" in said
-    said = call("run", example, "hi", "--backend", "onnx", "--kv-bits", "8").complaint
-    assert "leave out --kv-bits, or use --backend mlx" in said
+    said = call("run", example, "hi", "--backend", "torch", "--kv-bits", "8").complaint
+    assert "not for torch; leave out --kv-bits" in said
     assert not (tmp_path / "cache").exists()
     assert greedy(call, example, "--backend", "mlx", "--kv-bits", "8", "--dtype", "float32")
 

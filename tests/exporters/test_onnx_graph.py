@@ -20,7 +20,7 @@ from qwen2x.quantize.groups import QuantizedMatrix, dequantize
 from qwen2x.quantize.packing import unpack_bytes
 from qwen2x.quantize.scheme import Scheme
 from tests.exporters.judge import Float, Session, judge_logits, load_judge, random_ids
-from tests.tiny_checkpoint import write_tiny_checkpoint
+from tests.tiny_checkpoint import EXAMPLE, write_tiny_checkpoint
 
 # Logits are about 1 in size. Float32 sums in another order: 4e-6 seen, 1e-4 allowed.
 FLOAT32 = 1e-4
@@ -32,7 +32,8 @@ INT8_ACTIVATIONS, INT8_ACTIVATIONS_MEAN = 0.15, 0.025
 # The same graph told to compute in float32: what remains is the order of sums; 4e-6 seen.
 FLOAT32_ACTIVATIONS = 2e-5
 
-# Every row of the table of targets, float and quantized.
+KV8 = {"kv_bits": 8, "calibration": str(EXAMPLE.parent / "sample.txt")}
+# Every row of the table of targets, float and quantized, and with an 8-bit cache.
 TARGETS = {
     "cpu-float32": {"device": "cpu"},
     "cpu-int4": {"device": "cpu", "bits": 4, "method": "rtn"},
@@ -42,6 +43,9 @@ TARGETS = {
     "cuda-bfloat16": {"device": "cuda", "dtype": "bfloat16"},
     "cuda-float16-int4": {"device": "cuda", "dtype": "float16", "bits": 4, "method": "rtn"},
     "cuda-bfloat16-int8": {"device": "cuda", "dtype": "bfloat16", "bits": 8},
+    "cpu-int8-cache": {"device": "cpu", **KV8},
+    "cuda-float16-int8-cache": {"device": "cuda", "dtype": "float16", **KV8},
+    "cuda-bfloat16-int4-int8-cache": {"device": "cuda", "dtype": "bfloat16", "bits": 4, **KV8},
 }
 # What a checkpoint may look like.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -80,7 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
     known: dict[str, Path] = {}
 
     def make(variant: str = "tied", **options: Any) -> Path:
-        key = f"{variant}-{'-'.join(map(str, options.values()))}"
+        key = f"{variant}-{'-'.join(Path(str(value)).name for value in options.values())}"
         if key not in known:
             source = root / variant / "source"
             if not source.exists():
@@ -164,6 +168,7 @@ def test_inputs_and_outputs_are_those_of_the_contract(target: str, made: Make) -
     model = load_graph(bundle)
     dtype = TARGETS[target].get("dtype", "float32")
     element = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}[str(dtype)]
+    element = "INT8" if "kv_bits" in TARGETS[target] else element
     past = ("batch", 2, "past", 64)
     inputs = {
         "input_ids": ("INT64", ("batch", "sequence")),

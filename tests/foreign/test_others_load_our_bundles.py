@@ -51,10 +51,11 @@ needs_real = [
     pytest.mark.skipif(not REAL, reason="QWEN2X_REAL_CHECKPOINT names no checkpoint folder"),
 ]
 BUNDLES = [
-    pytest.param(("tiny", None), id="tiny-float32"),
-    pytest.param(("tiny", 4), id="tiny-int4"),
-    pytest.param(("real", None), id="real-float32", marks=needs_real),
-    pytest.param(("real", 4), id="real-int4", marks=needs_real),
+    pytest.param(("tiny", {}), id="tiny-float32"),
+    pytest.param(("tiny", {"bits": 4}), id="tiny-int4"),
+    pytest.param(("tiny", {"kv_bits": 8}), id="tiny-int8-cache"),
+    pytest.param(("real", {}), id="real-float32", marks=needs_real),
+    pytest.param(("real", {"bits": 4}), id="real-int4", marks=needs_real),
 ]
 
 
@@ -82,9 +83,9 @@ class Exported:
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Exported]:
-    name, bits = request.param
+    name, options = request.param
     folder = tmp_path_factory.mktemp("foreign") / "bundle"
-    export(_source(name), out=folder, bits=bits)
+    export(_source(name), out=folder, **options)
     prompt = _tokenizer(folder).encode(PROMPTS[name]).ids
     token_ids, leads = _continue_greedily(folder, prompt)
     yield Exported(folder=folder, prompt=prompt, token_ids=token_ids, leads=leads)
