@@ -27,14 +27,14 @@ from qwen2x.quantize.calibrate import SchemeOf, Streams, calibrate_layer
 from qwen2x.quantize.decoder import Shape
 from qwen2x.quantize.errors import RequestError
 from qwen2x.quantize.gptq import moments_memory
-from qwen2x.quantize.groups import Float, QuantizedMatrix, dequantize
+from qwen2x.quantize.groups import Float, QuantizedMatrix
 from qwen2x.quantize.packing import pack_bytes, unpack_bytes
 from qwen2x.quantize.plan import EMBEDDING
 from qwen2x.quantize.scheme import Scheme
 
-# Gives rows [rows, columns] as codes and scales.
-RoundRows = Callable[[Float, Scheme], QuantizedMatrix]
 Windows = NDArray[np.int64]
+# Gives an embedding's rows of some tokens, as floats that were rounded.
+RoundedRows = Callable[[Windows], Float]
 # Told what is done to layers ("measured" or "rounded"), how many are done, and of how many.
 OnLayer = Callable[[str, int, int], None]
 PREFIX = "calibration-"
@@ -183,7 +183,7 @@ def calibrate(
     checkpoint: Checkpoint,
     calibration: Calibration,
     scheme_of: SchemeOf,
-    round_table: RoundRows,
+    rounded_rows: RoundedRows,
     staging: Path,
     on_layer: OnLayer,
 ) -> tuple[CalibratedMatrices, Streams]:
@@ -193,7 +193,7 @@ def calibrate(
         checkpoint: the float weights.
         calibration: the text.
         scheme_of: gives a matrix's scheme by its module path.
-        round_table: rounds rows of the embedding.
+        rounded_rows: of the embedding.
         staging: where codes and activations are kept.
         on_layer: told of layers that are done.
 
@@ -203,7 +203,7 @@ def calibrate(
     layers, shape = checkpoint.config.num_hidden_layers, shape_of(checkpoint.config)
     done, streams = _restore(staging) or (0, None)
     if streams is None:
-        streams = _embed(checkpoint, calibration, scheme_of, round_table)
+        streams = _embed(checkpoint, calibration, rounded_rows)
     on_layer("rounded", done, layers)
     for layer in range(done, layers):
         prefix = f"model.layers.{layer}."
@@ -230,10 +230,19 @@ def shape_of(config: Qwen2Config) -> Shape:
 
 def embedding_rows(checkpoint: Checkpoint, windows: Windows) -> tuple[Float, NDArray[np.int64]]:
     """The rows that a text uses, float32 [used, hidden], and which of them each token has."""
-    name = "model.embed_tokens.weight"
     used, places = np.unique(windows, return_inverse=True)
-    rows = np.concatenate([checkpoint.rows(name, int(token), int(token) + 1) for token in used])
-    return rows, places.reshape(windows.shape)
+    return rows_of(checkpoint, used), places.reshape(windows.shape)
+
+
+def rows_of(checkpoint: Checkpoint, tokens: Windows) -> Float:
+    """The embedding's rows of some tokens, float32 [tokens, hidden]."""
+    name = f"{EMBEDDING}.weight"
+    return np.concatenate([checkpoint.rows(name, int(token), int(token) + 1) for token in tokens])
+
+
+def save_table(staging: Path, name: str, matrix: QuantizedMatrix) -> None:
+    """Keeps an embedding or head as layers are kept."""
+    save_arrays(staging / f"{PREFIX}layer-table.safetensors", _stored({name: matrix}))
 
 
 def window_of(config: Qwen2Config) -> int:
@@ -274,14 +283,11 @@ def _restore(staging: Path) -> tuple[int, Streams] | None:
     return done, Streams(exact=states["exact"], rounded=states["rounded"], held_out=held_out)
 
 
-def _embed(
-    checkpoint: Checkpoint, calibration: Calibration, scheme_of: SchemeOf, round_table: RoundRows
-) -> Streams:
+def _embed(checkpoint: Checkpoint, calibration: Calibration, rounded_rows: RoundedRows) -> Streams:
     """The rows of the embedding that the text names, as floats and rounded."""
     windows = np.concatenate([calibration.windows, calibration.held_out])
     rows, places = embedding_rows(checkpoint, windows)
-    scheme = scheme_of(EMBEDDING)
-    rounded = rows if scheme is None else dequantize(round_table(rows, scheme))
+    rounded = rounded_rows(np.unique(windows))
     return Streams(exact=rows[places], rounded=rounded[places], held_out=len(calibration.held_out))
 
 

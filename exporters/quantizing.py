@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen2x.exporters.bit_budget import SCHEMES, MakePlan, plan_within_budget
 from qwen2x.exporters.cache_folder import cache_folder
@@ -16,11 +16,12 @@ from qwen2x.exporters.calibration import (
     CalibratedMatrices,
     Calibration,
     OnLayer,
-    RoundRows,
+    RoundedRows,
     calibrate,
+    rows_of,
+    save_table,
 )
 from qwen2x.exporters.checkpoint import Checkpoint
-from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.export_plan import Plan
 from qwen2x.exporters.measuring import Measurement, head_of, measure
 from qwen2x.exporters.weight_writer import Quantizer, plain_quantizer
@@ -30,7 +31,7 @@ from qwen2x.quantize.divergence import Head
 from qwen2x.quantize.estimate import estimate_loss
 from qwen2x.quantize.gptq import gather_moments, round_compensated
 from qwen2x.quantize.groups import Float, QuantizedMatrix, dequantize, quantize
-from qwen2x.quantize.plan import EMBEDDING, HEAD
+from qwen2x.quantize.plan import EMBEDDING, HEAD, BitPlan
 from qwen2x.quantize.scheme import Scheme
 
 # More than within layers: a tied table is read by rows as well, and 0.5 serves both best.
@@ -84,54 +85,69 @@ def prepare_quantizing(
         plan = plan_within_budget(plan.config, plan.options, measurement.losses, make_plan)
     if not plan.options.is_calibrated:
         return Quantizing(plan=plan, quantizer=plain)
-    tables = _Tables(plan.config, measurement)
-    scheme_of = plan.bit_plan.scheme_of
+    _round_head(checkpoint, measurement, plan.bit_plan, staging)
     matrices, streams = calibrate(
-        checkpoint, calibration, scheme_of, tables.rounding(EMBEDDING), staging, on_layer
+        checkpoint,
+        calibration,
+        plan.bit_plan.scheme_of,
+        _rounded_rows(checkpoint, plan.bit_plan, CalibratedMatrices(staging)),
+        staging,
+        on_layer,
     )
-    quantizer = _calibrated(checkpoint, matrices, tables, plain)
+
+    def quantizer(name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
+        rows = matrices.rows if name in matrices else plain
+        return rows(name, start, stop, scheme)
+
     estimate = _estimate(checkpoint, calibration, streams, plan, quantizer)
     return Quantizing(plan=plan, quantizer=quantizer, estimate=estimate)
 
 
-class _Tables:
-    """How embedding and head are rounded: with compensation where they are a head of 4 bits."""
+def _round_head(
+    checkpoint: Checkpoint, measurement: Measurement | None, bit_plan: BitPlan, staging: Path
+) -> None:
+    """Fits a head of 4 bits to its inputs, unless an interrupted run did; others need no fit."""
+    module = EMBEDDING if checkpoint.config.is_tied else HEAD
+    name, scheme = f"{module}.weight", bit_plan.scheme_of(module)
+    if measurement is None or scheme is None or scheme.bits != 4:
+        return
+    if name in CalibratedMatrices(staging):
+        return
+    moments = gather_moments(measurement.head_products, _HEAD_DAMPING)
+    parts = [round_compensated(rows, moments, scheme) for _, rows in head_of(checkpoint).parts()]
+    zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+    whole = QuantizedMatrix(
+        codes=np.concatenate([part.codes for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        scheme=scheme,
+        zero_points=np.concatenate(zero_points) if zero_points else None,
+    )
+    save_table(staging, name, whole)
 
-    def __init__(self, config: Qwen2Config, measurement: Measurement | None) -> None:
-        self._head = EMBEDDING if config.is_tied else HEAD
-        self._moments = (
-            None
-            if measurement is None
-            else gather_moments(measurement.head_products, _HEAD_DAMPING)
+
+def _rounded_rows(
+    checkpoint: Checkpoint, bit_plan: BitPlan, matrices: CalibratedMatrices
+) -> RoundedRows:
+    """Rows of the embedding as they will be stored."""
+    name, scheme = f"{EMBEDDING}.weight", bit_plan.scheme_of(EMBEDDING)
+
+    def rounded(tokens: NDArray[np.int64]) -> Float:
+        if scheme is None:
+            return rows_of(checkpoint, tokens)
+        if name not in matrices:
+            return dequantize(quantize(rows_of(checkpoint, tokens), scheme))
+        whole = matrices.rows(name, 0, checkpoint.config.vocab_size, scheme)
+        of_rows = whole.zero_points
+        return dequantize(
+            replace(
+                whole,
+                codes=whole.codes[tokens],
+                scales=whole.scales[tokens],
+                zero_points=None if of_rows is None else of_rows[tokens],
+            )
         )
-        # NumPy's products use all cores, and would fight for them.
-        self._lock = Lock()
 
-    def rounding(self, module: str) -> RoundRows:
-        """For ``model.embed_tokens`` or ``lm_head``."""
-        return self._compensated if module == self._head else quantize
-
-    def _compensated(self, rows: Float, scheme: Scheme) -> QuantizedMatrix:
-        if self._moments is None or scheme.bits != 4:
-            return quantize(rows, scheme)
-        with self._lock:
-            return round_compensated(rows, self._moments, scheme)
-
-
-def _calibrated(
-    checkpoint: Checkpoint, matrices: CalibratedMatrices, tables: _Tables, plain: Quantizer
-) -> Quantizer:
-    """Hands out what is rounded already, and rounds embedding and head."""
-
-    def quantizer(name: str, start: int, stop: int, scheme: Scheme) -> QuantizedMatrix:
-        if name in matrices:
-            return matrices.rows(name, start, stop, scheme)
-        module = name.removesuffix(".weight")
-        if module in (EMBEDDING, HEAD):
-            return tables.rounding(module)(checkpoint.rows(name, start, stop), scheme)
-        return plain(name, start, stop, scheme)
-
-    return quantizer
+    return rounded
 
 
 def _estimate(
