@@ -102,15 +102,15 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> dict[str, Any]:
     keys = (
         "target", "device", "dtype", "scheme", "schemes", "method", "parameters",
         "bits_per_weight", "by_kind", "weight_bytes", "rope", "inputs", "optional_inputs",
-        "outputs", "cache", "eos_token_ids", "source", "quality", "versions",
+        "outputs", "cache", "eos_token_ids", "source", "quality", "versions", "graph",
+        "quantization", "bit_plan",
     )  # fmt: skip
     return {
         "kind": "bundle",
         "architecture": "Qwen2ForCausalLM",
         "bytes": bundle.bytes,
-        **{key: manifest[key] for key in keys},
-        "graph": manifest.get("graph"),
-        "quantization": manifest.get("quantization"),
+        # An early bundle may lack some.
+        **{key: manifest.get(key) for key in keys},
         "max_context": bundle.max_context,
         "cache_bytes_per_token": elements * _BYTES[cache["dtype"]],
         "files": manifest["files"],
@@ -132,10 +132,12 @@ def _print(path: str, facts: dict[str, Any]) -> None:
         ("size", size_text(facts["bytes"])),
         ("bits per weight", f"{facts['bits_per_weight']:.2f} ({facts['scheme']})"),
     ]
-    for kind, part in facts["by_kind"].items():
+    for kind, part in (facts["by_kind"] or {}).items():
         rows.append(
             (f"  {kind}", f"{part['bits_per_weight']:.2f} bits, {size_text(part['bytes'])}")
         )
+    if facts.get("bit_plan"):
+        rows += [(f"  {kind}", names) for kind, names in facts["schemes"].items()]
     rows.append(("context", f"{facts['max_context']} positions, {_rope_text(facts['rope'])}"))
     if facts["kind"] == "bundle":
         rows += [

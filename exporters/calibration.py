@@ -43,7 +43,7 @@ _WINDOW = 512
 _MOST_WINDOWS = 48
 _LEAST_TOKENS = 2048
 # Windows that nothing is fitted to, so that they tell what was lost: one of so many, few in all.
-_HELD_OUT_SHARE, _MOST_HELD_OUT = 4, 4
+_HELD_OUT_SHARE, _MOST_HELD_OUT = 5, 4
 
 
 @dataclass(frozen=True, kw_only=True)
