@@ -192,6 +192,7 @@ def _dry_run(source: str, options: Options, revision: str | None, as_json: bool)
     plan = plan_export(read_config(folder), options)
     files = planned_files(plan)
     bits, scheme = bits_per_weight(plan.weights), plan.bit_plan.name
+    expected = ", as is typical: measurements will decide" if options.is_planned else ""
     context, peak = options.context_of(plan.config), estimate_peak_memory(plan)
     if as_json:
         print_json(
@@ -203,13 +204,14 @@ def _dry_run(source: str, options: Options, revision: str | None, as_json: bool)
                 "scheme": scheme,
                 "peak_memory_bytes": peak,
                 "max_context": context,
+                "is_expected": options.is_planned,
             }
         )
         return
     print_table(
         [(name, size_text(size)) for name, size in files.items()]
         + [
-            ("bits per weight", f"{bits:.2f} ({scheme})"),
+            ("bits per weight", f"{bits:.2f} ({scheme}){expected}"),
             ("peak memory", f"at most {size_text(peak)}"),
             ("context", f"{context} positions"),
         ]

@@ -29,12 +29,15 @@ Checkpoint.rows = rows
 from qwen2x.cli.main import main
 main()
 """
+RTN = ["--bits", "4", "--method", "rtn"]
 KEYS = {"bundle", "files", "bytes", "bits_per_weight", "seconds", "peak_memory_bytes"}
 
 
 def test_export_prints_the_contracts_object(call: Call, example: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    done = call("export", example, "--to", "onnx", "--bits", "4", "-o", out, "--json")
+    done = call(
+        "export", example, "--to", "onnx", "--bits", "4", "--method", "rtn", "-o", out, "--json"
+    )
     result = done.json
     assert result.keys() >= KEYS
     assert result["bundle"] == str(out)
@@ -60,7 +63,7 @@ def test_export_tells_people_what_to_do_next(call: Call, example: Path, tmp_path
     assert f"qwen2x run {tmp_path / 'bundle'}" in done.out
 
 
-@pytest.mark.parametrize("options", [[], ["--bits", "4"], ["--bits", "8", "--group-size", "64"]])
+@pytest.mark.parametrize("options", [[], RTN, ["--bits", "8", "--group-size", "64"]])
 def test_a_dry_run_foretells_what_is_written(
     options: list[str], call: Call, example: Path, tmp_path: Path
 ) -> None:
@@ -79,15 +82,15 @@ def test_a_dry_run_foretells_what_is_written(
 
 
 def test_a_dry_run_needs_no_folder_and_shows_a_table(call: Call, example: Path) -> None:
-    done = call("export", example, "--bits", "4", "--dry-run")
+    done = call("export", example, *RTN, "--dry-run")
     assert done.code == 0
     for word in ("model.onnx_data", "bits per weight", "peak memory", "2048 positions"):
         assert word in done.out
 
 
 def test_the_peak_that_a_dry_run_foretells_is_kept(example: Path, tmp_path: Path) -> None:
-    plan = run_program("export", example, "--bits", "4", "--dry-run", "--json").json
-    written = run_program("export", example, "--bits", "4", "-o", tmp_path / "b", "--json").json
+    plan = run_program("export", example, *RTN, "--dry-run", "--json").json
+    written = run_program("export", example, *RTN, "-o", tmp_path / "b", "--json").json
     assert written["peak_memory_bytes"] <= plan["peak_memory_bytes"]
 
 
@@ -184,7 +187,7 @@ def test_progress_is_on_standard_error_and_only_in_a_terminal(
     assert plain.err == ""
     shell = shutil.which("sh")
     line = f"exec {Path(sys.executable).with_name('qwen2x')} export {example} -o {tmp_path}/shown"
-    child = pexpect.spawn(shell, ["-c", f"{line} --bits 4 >{tmp_path}/out"], env=environment())
+    child = pexpect.spawn(shell, ["-c", f"{line} --bits 8 >{tmp_path}/out"], env=environment())
     shown = child.read().decode()
     child.close()
     assert child.exitstatus == 0

@@ -338,7 +338,9 @@ def test_a_mode_that_we_do_not_run_is_one_line_in_every_command(
 # export, and mlx that is not there
 
 
-@pytest.mark.parametrize("options", [[], ["--bits", "4"], ["--bits", "8", "--group-size", "64"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--bits", "4", "--method", "rtn"], ["--bits", "8", "--group-size", "64"]]
+)
 def test_a_dry_run_foretells_weights_and_index_to_the_byte(
     options: list[str], call: Call, example: Path, tmp_path: Path
 ) -> None:
@@ -370,7 +372,7 @@ def test_export_writes_an_mlx_folder_and_its_graph(
     manifest = json.loads((out / "qwen2x.json").read_text("utf-8"))
     assert manifest["graph"]["capacities"][-1] >= 2048 + 128
     shutil.rmtree(out)
-    shown = call("export", example, "--to", "mlx", "--bits", "4", "-o", out).out
+    shown = call("export", example, "--to", "mlx", "--bits", "4", "--method", "rtn", "-o", out).out
     assert "mlx int4-g32\n" in shown
     assert f"qwen2x validate {out}" in shown
 
