@@ -119,7 +119,10 @@ class Options:
         """For the layers' matrices but q, k and v, as far as no plan decides; None is float."""
         if not self.is_quantized:
             return None
-        return Scheme(bits=self.bits or 4, group_size=self.group_size or DEFAULT_GROUP_SIZE)
+        return Scheme(
+            bits=4 if self.bits is None else self.bits,
+            group_size=DEFAULT_GROUP_SIZE if self.group_size is None else self.group_size,
+        )
 
     @property
     def is_calibrated(self) -> bool:

@@ -43,7 +43,7 @@ def test_bundles_of_the_small_checkpoint_pass(
     make_bundle: MakeBundle, example_torch: Runtime, bits: int | None
 ) -> None:
     scheme = f"int{bits}-g32" if bits else "float"
-    with open_runtime(make_bundle(bits=bits), threads=1) as candidate:
+    with open_runtime(make_bundle(bits=bits, method="rtn"), threads=1) as candidate:
         report = run(candidate, example_torch, tolerance_for(scheme, candidate.dtype))
     assert failed(report) == set()
     assert [check.name for check in report.checks] == [
@@ -78,7 +78,7 @@ def test_a_bundle_of_another_checkpoint_fails(
 ) -> None:
     other = write_tiny_checkpoint(tmp_path / "other", dtype="float32", seed=1)
     tolerance = tolerance_for(f"int{bits}-g32" if bits else "float", "float32")
-    with open_runtime(make_bundle(other, bits=bits), threads=1) as candidate:
+    with open_runtime(make_bundle(other, bits=bits, method="rtn"), threads=1) as candidate:
         names = failed(run(candidate, random_torch, tolerance))
     assert {"kl_mean", "top1_agreement", "long_positions"} <= names
     assert not names & {"cache_equals_prefill", "chunked_equals_whole", "batch_equals_single"}
@@ -92,7 +92,7 @@ def test_flipped_bytes_of_the_weights_fail(
     random_torch: Runtime,
     bits: int | None,
 ) -> None:
-    folder = copy_bundle(make_bundle(random_checkpoint, bits=bits), tmp_path)
+    folder = copy_bundle(make_bundle(random_checkpoint, bits=bits, method="rtn"), tmp_path)
     data = bytearray((folder / "model.onnx_data").read_bytes())
     # The highest bit of a stretch in the middle: signs of floats, or codes by half their range.
     start = len(data) // 2
