@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -141,27 +141,43 @@ def measure_variants(judge: Judge, checkpoint: Path, prefix: str) -> dict[str, d
             if not name.startswith(prefix) or maker in missing:
                 continue
             try:
-                with variant(name, checkpoint, Path(folder)) as (candidate, size, version):
-                    figures = judge.measure(candidate, size)
+                with variant(name, checkpoint, Path(folder)) as made:
+                    figures = judge.measure(made.candidate, made.size) | made.cost
             except CannotInstallError as error:
                 print(f"{maker} is not installed: {error}", file=sys.stderr)
                 missing.add(maker)
                 continue
             day = datetime.now(UTC).date().isoformat()
-            measured[name] = {"version": version, "date": day, **figures}
+            measured[name] = {"version": made.version, "date": day, **figures}
             print(markdown_row(name, measured[name]), file=sys.stderr, flush=True)
     return measured
 
 
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A variant.
+
+    Attributes:
+        candidate: its logits; size: bytes of its weights; version: of its maker.
+        cost: of making it, if it was measured.
+    """
+
+    candidate: GivesLogits
+    size: int
+    version: str
+    cost: dict[str, Any] = field(default_factory=dict)
+
+
 @contextmanager
-def variant(name: str, checkpoint: Path, folder: Path) -> Iterator[tuple[GivesLogits, int, str]]:
-    """A variant's logits, the bytes of its weights, and the version of its maker."""
+def variant(name: str, checkpoint: Path, folder: Path) -> Iterator[Made]:
+    """Makes a variant."""
     if name in LLAMA:
         environment = llama_environment()
         out = folder / f"{LLAMA[name]}.gguf"
         quantize_with_llama(environment, checkpoint, out, LLAMA[name])
         version = version_in(environment.python, "llama-cpp-python")
-        yield LlamaFile(environment=environment, path=out), out.stat().st_size, version
+        candidate = LlamaFile(environment=environment, path=out)
+        yield Made(candidate=candidate, size=out.stat().st_size, version=version)
         return
     with tempfile.TemporaryDirectory(dir=folder) as place:
         out = Path(place) / "model"
@@ -169,15 +185,18 @@ def variant(name: str, checkpoint: Path, folder: Path) -> Iterator[tuple[GivesLo
             genai = genai_environment()
             build_with_genai(genai, checkpoint, out)
             version = version_in(genai.python, "onnxruntime-genai")
-            yield GenaiGraph(out, checkpoint), weight_bytes(out), version
+            graph = GenaiGraph(out, checkpoint)
+            yield Made(candidate=graph, size=weight_bytes(out), version=version)
             return
+        cost: dict[str, Any] = {}
         if name in MLX_LM:
             convert_with_mlx_lm(checkpoint, out, MLX_LM[name])
         else:
-            run_measured([*QWEN2X, "export", checkpoint, *OURS[name], "-o", out])
+            run = run_measured([*QWEN2X, "export", checkpoint, *OURS[name], "-o", out])
+            cost = {"seconds": run.seconds, "peak_memory_bytes": run.peak_memory_bytes}
         version = metadata.version("mlx-lm" if name in MLX_LM else "qwen2x")
-        with open_folder(out, checkpoint) as candidate:
-            yield candidate, weight_bytes(out), version
+        with open_folder(out, checkpoint) as opened:
+            yield Made(candidate=opened, size=weight_bytes(out), version=version, cost=cost)
 
 
 @contextmanager
