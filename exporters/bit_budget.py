@@ -39,6 +39,7 @@ _ATTEMPTS = 10
 SCHEMES = (
     *(Scheme(bits=4, group_size=size) for size in GROUP_SIZES),
     *(Scheme(bits=4, group_size=size, is_symmetric=False) for size in GROUP_SIZES),
+    *(Scheme(bits=6, group_size=size) for size in GROUP_SIZES),
     *(Scheme(bits=8, group_size=size) for size in (32, 128)),
 )
 
@@ -104,7 +105,9 @@ def _typical_error(scheme: Scheme) -> float:
     """Of a unit's output, relative to that of 4 bits in groups of 64."""
     if scheme.bits == 8:
         return 0.004
-    error = {32: 0.75, 64: 1.0, 128: 1.33}[scheme.group_size]
+    # Two bits more are a quarter of each weight's error.
+    share = 1 if scheme.bits == 4 else 1 / 16
+    error = share * {32: 0.75, 64: 1.0, 128: 1.33}[scheme.group_size]
     return error if scheme.is_symmetric else 0.9 * error
 
 
@@ -126,13 +129,20 @@ def _offers(config: Qwen2Config, losses: Losses, options: Options) -> dict[str, 
             Scheme(bits=4, group_size=GROUP_SIZES[0]).require_divides(_columns(config, unit), unit)
         parts = (EMBEDDING, HEAD) if unit == EMBEDDING and config.is_tied else (unit,)
         for scheme in losses[unit]:
-            if not (scheme.is_symmetric or options.asymmetric):
+            if not _is_offered(unit, scheme, options):
                 continue
             loss = sum(losses[part][scheme] * _kept(part, scheme, options) for part in parts)
             size = scheme.bits_per_weight * parameters / 8
             of_unit.append(Offer(scheme=scheme, bytes=size, loss=loss))
         offers[unit] = of_unit
     return offers
+
+
+def _is_offered(unit: str, scheme: Scheme, options: Options) -> bool:
+    """6 bits are no table's, whose rows GatherBlockQuantized looks up, and have no CUDA kernel."""
+    if scheme.bits == 6:
+        return unit not in (EMBEDDING, HEAD) and options.device != "cuda"
+    return scheme.is_symmetric or options.asymmetric
 
 
 def _kept(unit: str, scheme: Scheme, options: Options) -> float:

@@ -80,6 +80,7 @@ class _Decoder:
         self.residual_type = recipe.target.residual_type
         self.layout = WeightLayout()
         self.cast_scales: dict[str, str] = {}
+        self.zeros: set[str] = set()
         self.graph = GraphBuilder()
         self.graph.input("input_ids", TensorProto.INT64, (B, S))
         self.graph.input("attention_mask", TensorProto.INT64, (B, T))
@@ -236,10 +237,44 @@ class _Decoder:
     def _quantized_matmul(self, place: str, x: str, weight: Weight, shape: Shape, bias: str) -> str:
         assert weight.scheme is not None
         codes = self.graph.external(f"{weight.name}_codes", weight.values)
-        zero_points = self._zero_points(weight)
-        inputs = [x, codes, self._scales(weight), *zero_points]
+        if weight.low_values is not None:
+            return self._matmul_of_planes(place, x, weight, shape, bias)
+        inputs = [x, codes, self._scales(weight), *self._zero_points(weight)]
+        return self._matmul_nbits(place, inputs, weight, shape, weight.scheme.bits, bias)
+
+    def _matmul_of_planes(self, place: str, x: str, weight: Weight, shape: Shape, bias: str) -> str:
+        """Scale * (code - 32) is 4 scale * (high - 8), and scale * low."""
+        assert weight.low_values is not None
+        assert weight.scales is not None
+        graph, scales = self.graph, self._scales(weight)
+        four = graph.constant(
+            "/scales/four", np.array(4, helper.tensor_dtype_to_np_dtype(self.float))
+        )
+        coarse = graph.op(
+            f"/scales/{weight.name}/Mul", [scales, four], self.float, weight.scales.shape
+        )
+        high = graph.external(f"{weight.name}_codes", weight.values)
+        low = graph.external(f"{weight.name}_low_codes", weight.low_values)
+        parts = [
+            self._matmul_nbits(f"{place}/high", [x, high, coarse], weight, shape, 4, bias),
+            self._matmul_nbits(
+                f"{place}/low", [x, low, scales, self._zeros(weight)], weight, shape, 2
+            ),
+        ]
+        return graph.op(f"{place}/planes/Add", parts, self.float, shape)
+
+    def _matmul_nbits(
+        self,
+        place: str,
+        inputs: list[str],
+        weight: Weight,
+        shape: Shape,
+        bits: int,
+        bias: str = "",
+    ) -> str:
+        assert weight.scheme is not None
         if bias:
-            inputs += [*([] if zero_points else [""]), "", bias]
+            inputs = [*inputs, *[""] * (5 - len(inputs)), bias]
         return self.graph.op(
             f"{place}/MatMulNBits",
             inputs,
@@ -248,10 +283,26 @@ class _Decoder:
             domain=MICROSOFT,
             K=weight.columns,
             N=weight.rows,
-            bits=weight.scheme.bits,
+            bits=bits,
             block_size=weight.scheme.group_size,
             accuracy_level=self.target.accuracy_level,
         )
+
+    def _zeros(self, weight: Weight) -> str:
+        """Zero points of a plane of 2 bits, which the session folds."""
+        assert weight.scheme is not None
+        groups = weight.columns // weight.scheme.group_size
+        size = weight.rows, -(-groups * 2 // 8)
+        place = f"/zero_points/{size[0]}x{size[1]}"
+        name = f"{place}/ConstantOfShape/output_0"
+        if name not in self.zeros:
+            self.zeros.add(name)
+            self.graph.constant(f"{place}/shape", int64(*size))
+            value = helper.make_tensor("value", TensorProto.UINT8, (1,), [0])
+            self.graph.op(
+                f"{place}/ConstantOfShape", [f"{place}/shape"], TensorProto.UINT8, size, value=value
+            )
+        return name
 
     def _scales(self, weight: Weight) -> str:
         """Scales [rows, groups] in the matrices' type, from theirs, which the session folds."""

@@ -15,6 +15,8 @@ from qwen2x.quantize.scheme import Scheme
 
 DATA_FILE = "model.onnx_data"
 ALIGNMENT = 4096
+# Bits of codes that are stored as a plane of 4 and one of 2, which MatMulNBits knows.
+_PLANES = 6
 
 
 @dataclass
@@ -58,7 +60,8 @@ class WeightLayout:
                 Weight(name=name, sources=tuple(sources), columns=columns, values=values)
             )
         scheme.require_divides(columns, sources[0][0].removesuffix(".weight"))
-        shape = matmul_nbits_shape(rows, columns, scheme)
+        has_planes = scheme.bits == _PLANES
+        shape = matmul_nbits_shape(rows, columns, scheme, 4 if has_planes else None)
         is_wide = element_type == TensorProto.FLOAT
         scale_type = FLOAT_TYPES[scheme.scale_type] if is_wide else float_type
         return self._add(
@@ -67,6 +70,11 @@ class WeightLayout:
                 sources=tuple(sources),
                 columns=columns,
                 values=self._region(np.uint8, shape),
+                low_values=(
+                    self._region(np.uint8, matmul_nbits_shape(rows, columns, scheme, 2))
+                    if has_planes
+                    else None
+                ),
                 scheme=scheme,
                 scales=self._region(scale_type, shape[:2]),
                 zero_points=self._zero_points(rows, columns, scheme),

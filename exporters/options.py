@@ -13,6 +13,8 @@ from qwen2x.quantize.plan import BitPlan, units_of
 from qwen2x.quantize.scheme import Scheme
 
 TARGETS = ("onnx", "mlx")
+# For all layers alike. Plans use 6 as well.
+BITS = (4, 8)
 DEFAULT_GROUP_SIZE = 32
 # auto: gptq for 4 bits and for budgets, else rtn.
 METHODS = ("auto", "rtn", "gptq")
@@ -62,6 +64,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise BackendError(f"target must be {' or '.join(TARGETS)}, got {self.target!r}")
+        if self.bits not in (None, *BITS):
+            words = ", ".join(str(bits) for bits in BITS)
+            raise SchemeError(f"bits must be one of {words}, got {self.bits}")
         if self.method not in METHODS:
             raise SchemeError(f"method must be {' or '.join(METHODS)}, got {self.method!r}")
         self._require_sound_budget()

@@ -22,7 +22,7 @@ from qwen2x.exporters.packed_matrices import PackedMatrices
 from qwen2x.exporters.weights import DataFile, Region, Weight
 from qwen2x.quantize.errors import CheckpointError
 from qwen2x.quantize.groups import QuantizedMatrix, quantize
-from qwen2x.quantize.packing import pack_bytes, pack_zero_points
+from qwen2x.quantize.packing import pack_bytes, pack_planes, pack_zero_points
 from qwen2x.quantize.scheme import Scheme
 
 Progress = Callable[[int, int], None]
@@ -165,7 +165,12 @@ def _convert(work: _Work, chunk: _Chunk) -> None:
 def _write_quantized(chunk: _Chunk, matrix: QuantizedMatrix, files: _DataFiles) -> None:
     weight = chunk.weight
     assert weight.scales is not None
-    files.write(weight.values, chunk.row, pack_bytes(matrix.codes, matrix.scheme.bits))
+    if weight.low_values is None:
+        files.write(weight.values, chunk.row, pack_bytes(matrix.codes, matrix.scheme.bits))
+    else:
+        high, low = pack_planes(matrix.codes)
+        files.write(weight.values, chunk.row, high)
+        files.write(weight.low_values, chunk.row, low)
     with np.errstate(over="ignore"):
         scales = matrix.scales.astype(weight.scales.dtype)
     # Below float16's normal numbers a scale loses bits, which its codes were not chosen for.

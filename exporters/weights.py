@@ -60,7 +60,8 @@ class Weight:
         name: unique in its layout.
         sources: (checkpoint name, rows) in order.
         columns: input dimension; 1 for vectors.
-        values: where the floats, or the packed codes, lie.
+        values: where the floats, or the packed codes, lie; of codes in planes the upper 4 bits.
+        low_values: where the lower 2 bits lie, for targets that store codes of 6 bits in planes.
         scales: where the scales lie; with ``scheme`` only.
         biases: where minus zero point times scale lies, for targets that store it.
         zero_points: where they lie packed, for targets that store them and groups that have them.
@@ -74,6 +75,7 @@ class Weight:
     scales: Region | None = None
     biases: Region | None = None
     zero_points: Region | None = None
+    low_values: Region | None = None
 
     @property
     def rows(self) -> int:
@@ -83,7 +85,7 @@ class Weight:
     @property
     def bytes(self) -> int:
         """Stored bytes, scales included."""
-        regions = (self.values, self.scales, self.biases, self.zero_points)
+        regions = (self.values, self.low_values, self.scales, self.biases, self.zero_points)
         return sum(region.bytes for region in regions if region is not None)
 
 

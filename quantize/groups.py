@@ -8,6 +8,8 @@ error is ``sum(w*w) - sum(w*q)**2 / sum(q*q)``. So a few factors decide the roun
 is the one with the largest ``sum(w*q)**2 / sum(q*q)``, and its scale follows in closed form. (The
 idea is that of ``make_qx_quants`` in llama.cpp's ``ggml-quants.c``, without importance weights.)
 
+6 bits: the same with factors of their own.
+
 8 bits: neighbouring bfloat16 numbers differ by 0.4 to 0.8 %, which moves a code of 127 by up to 1.
 A closed form would be rounded to a scale for which other codes are best, so the trials are the
 bfloat16 numbers themselves, and the error of each is summed.
@@ -28,10 +30,10 @@ from qwen2x.quantize.search import search_grid
 Float = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 
-# 4 bits: where each trial places the group's largest weight, in codes from zero. The far end of the
-# signed range is 8; less leaves room, more clips the largest weight for the others' sake. Plain
-# rounding is to 7 or 8.
-REACHES = (7.0, 7.4, 8.0, 8.3, 8.7, 9.2)
+# By bits: where each trial places the group's largest weight, in codes from zero. The far end of
+# the signed range is 8 (32); less leaves room, more clips the largest weight for the others' sake.
+# Plain rounding is to 7 or 8 (31 or 32).
+REACHES = {4: (7.0, 7.4, 8.0, 8.3, 8.7, 9.2), 6: (31.0, 31.4, 32.0, 32.4, 33.0, 33.8)}
 # 8 bits: bfloat16 numbers, counted from the one nearest to largest/127. The one below places the
 # largest weight on 128.5 at most, so that it stays within half a step of the far end, 128.
 NEIGHBOURS = (-1, 0, 1, 2, 3)
@@ -128,7 +130,7 @@ def _quantize_block(grouped: Float, scheme: Scheme) -> tuple[Float, Codes]:
     largest[is_zero] = 1
     # The largest weight goes to the negative end, which has one code more.
     weights *= -1 / largest
-    search = _search_four_bits if scheme.bits == 4 else _search_eight_bits
+    search = _search_in_closed_form if scheme.bits in REACHES else _search_neighbours
     steps = search(weights, np.abs(largest), scheme)
     steps[is_zero] = 1
     factors = np.abs(largest) / steps
@@ -149,7 +151,7 @@ def _largest(weights: Float) -> Float:
     return largest
 
 
-def _search_four_bits(weights: Float, sizes: Float, scheme: Scheme) -> Float:
+def _search_in_closed_form(weights: Float, sizes: Float, scheme: Scheme) -> Float:
     """The step of each group, its scale without sign.
 
     Args:
@@ -160,10 +162,11 @@ def _search_four_bits(weights: Float, sizes: Float, scheme: Scheme) -> Float:
     Returns:
         float32 [groups], bfloat16 numbers.
     """
-    weight_code = np.empty((len(REACHES), len(sizes)), np.float32)
+    reaches = REACHES[scheme.bits]
+    weight_code = np.empty((len(reaches), len(sizes)), np.float32)
     code_code = np.empty_like(weight_code)
     rounded = np.empty_like(weights)
-    for trial, reach in enumerate(REACHES):
+    for trial, reach in enumerate(reaches):
         np.multiply(weights, np.float32(reach), out=rounded)
         _round_to_signed(rounded, reach, scheme, rounded)
         np.einsum("ij,ij->j", weights, rounded, out=weight_code[trial])
@@ -176,8 +179,8 @@ def _search_four_bits(weights: Float, sizes: Float, scheme: Scheme) -> Float:
     return chosen
 
 
-def _search_eight_bits(weights: Float, sizes: Float, scheme: Scheme) -> Float:
-    """The step of each group, its scale without sign; arguments and result as for four bits."""
+def _search_neighbours(weights: Float, sizes: Float, scheme: Scheme) -> Float:
+    """The step of each group, its scale without sign; arguments and result as for fewer bits."""
     nearest = (sizes / np.float32(127)).astype(bfloat16).astype(np.float32)
     # A bfloat16 number is the upper half of a float32.
     offsets = np.array(NEIGHBOURS, np.int32)[:, None] << 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qwen2x.quantize.errors import SchemeError
 
-BITS = (4, 8)
+BITS = (4, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
 

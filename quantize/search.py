@@ -19,7 +19,11 @@ from qwen2x.quantize.scheme import Scheme
 Float = NDArray[np.float32]
 
 # Where trials place a group's largest weight, in codes from zero, as shares of the far end.
-_REACHES = {4: np.arange(0.80, 1.42, 0.04), 8: np.arange(0.97, 1.04, 0.01)}
+_REACHES = {
+    4: np.arange(0.80, 1.42, 0.04),
+    6: np.arange(0.94, 1.12, 0.015),
+    8: np.arange(0.97, 1.04, 0.01),
+}
 # How much of a group's range the codes span, and how far the zero point is from the plain one.
 _SPANS = {4: (0.72, 0.78, 0.84, 0.90, 0.96, 1.02), 8: (0.96, 0.98, 1.0)}
 _SHIFTS = (-1, 0, 1)
