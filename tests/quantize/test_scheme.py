@@ -8,9 +8,9 @@ from qwen2x.quantize.errors import InputError, SchemeError
 from qwen2x.quantize.scheme import Scheme
 
 
-@pytest.mark.parametrize("bits", [0, 1, 2, 3, 5, 6, 16, -4])
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 5, 7, 16, -4])
 def test_unknown_bits_are_refused_with_the_choices(bits: int) -> None:
-    with pytest.raises(SchemeError, match=rf"bits must be one of 4, 8, got {bits}"):
+    with pytest.raises(SchemeError, match=rf"bits must be one of 4, 6, 8, got {bits}"):
         Scheme(bits=bits, group_size=32)
 
 
