@@ -56,10 +56,10 @@ def scheme_of(folder: Path, module: str) -> Scheme:
 
 
 def codes_of_words(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
-    """As mx.quantize says it: element i of a word is (word >> bits*i) & mask."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    codes = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
-    return codes.reshape(len(words), -1)
+    """As mx.quantize says it: codes one after another, low bits first."""
+    stream = np.unpackbits(words.astype("<u4").view(np.uint8), axis=1, bitorder="little")
+    codes = stream.reshape(len(words), -1, bits).astype(np.uint32)
+    return (codes << np.arange(bits, dtype=np.uint32)).sum(axis=2, dtype=np.uint32)
 
 
 def codes_of_bytes(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -160,6 +160,12 @@ def onnx_matrices(bundle: Path) -> Iterator[tuple[str, NDArray[np.uint8], NDArra
             # An embedding's codes are a table [rows, bytes].
             packed = found.get(f"{weight}_codes", found.get(f"{weight}_table"))
             assert packed is not None
+            low = found.get(f"{weight}_low_codes")
+            if low is not None:
+                # Codes of 6 bits, given one to a byte.
+                lows = np.stack([low >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+                high = np.stack([packed & 15, packed >> 4], axis=-1)
+                packed = 4 * high.reshape(len(high), -1) + lows.reshape(len(low), -1)
             yield weight.removesuffix(".weight"), packed.reshape(*scales.shape, -1), scales
 
 
