@@ -334,5 +334,5 @@ def test_an_8_bit_cache_is_refused_with_onnx_and_with_a_graph(
     said = call("validate", float_bundle, *options).complaint
     assert "export it again with --kv-bits 8" in said
     said = call("validate", mlx_float, *options, "--graph").complaint
-    assert "8-bit KV cache is there for mlx, not for a graph" in said
+    assert "not for a graph" in said
     assert "--kv-bits" in call("validate", mlx_float, *options[:-1], "4").complaint

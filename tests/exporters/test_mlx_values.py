@@ -25,7 +25,9 @@ Tensors = dict[str, NDArray[Any]]
 # it, each by half an ulp of a number of up to 2**bits scales.
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 DTYPES = list(ROUNDING)
-SCHEMES = [{"bits": bits, "group_size": size} for bits in (4, 8) for size in (32, 64, 128)]
+SCHEMES: list[dict[str, Any]] = [
+    {"bits": bits, "group_size": size, "method": "rtn"} for bits in (4, 8) for size in (32, 64, 128)
+]
 # These have 8 bits in every scheme.
 WIDE = ("q_proj", "k_proj", "v_proj", "embed_tokens", "lm_head")
 # Matrices that are one in the ONNX graph.
