@@ -52,10 +52,10 @@ needs_real = [
 ]
 BUNDLES = [
     pytest.param(("tiny", {}), id="tiny-float32"),
-    pytest.param(("tiny", {"bits": 4}), id="tiny-int4"),
+    pytest.param(("tiny", {"bits": 4, "method": "rtn"}), id="tiny-int4"),
     pytest.param(("tiny", {"kv_bits": 8}), id="tiny-int8-cache"),
     pytest.param(("real", {}), id="real-float32", marks=needs_real),
-    pytest.param(("real", {"bits": 4}), id="real-int4", marks=needs_real),
+    pytest.param(("real", {"bits": 4, "method": "rtn"}), id="real-int4", marks=needs_real),
 ]
 
 
