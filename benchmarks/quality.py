@@ -56,6 +56,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "qwen2x 430 MB": ("--max-bytes", "430000000", "--asymmetric"),
     "qwen2x 470 MB": ("--max-bytes", "470000000", "--asymmetric"),
     "qwen2x 500 MB": ("--max-bytes", "500000000", "--asymmetric"),
+    "qwen2x 8 bits": ("--bits", "8"),
     "qwen2x onnx int4 g32": ("--bits", "4", "--group-size", "32", "--method", "rtn"),
     "qwen2x onnx int4 g32 gptq": ("--bits", "4", "--group-size", "32", "--method", "gptq"),
     "qwen2x onnx int4 g64": ("--bits", "4", "--group-size", "64", "--method", "rtn"),

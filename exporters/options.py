@@ -19,8 +19,9 @@ DEFAULT_GROUP_SIZE = 32
 # auto: gptq for 4 bits and for budgets, else rtn.
 METHODS = ("auto", "rtn", "gptq")
 
-# What loses most by rounding, by the end of its path.
+# What loses most by rounding, and what least at 8 bits, by the end of its path.
 _SENSITIVE = ("qkv_proj", "embed_tokens", "lm_head")
+_ROBUST = "gate_up_proj"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Options:
             for every device.
         dtype: float type of what is not quantized, and of activations; None is the target's choice.
         bits: 4 or 8, or None for floats (or for what a budget decides).
-        group_size: weights that share a scale; None leaves it to a measured plan, or is 32.
+        group_size: weights that share a scale; None leaves it to a plan (with 4 bits) or is 32, and
+            64 for gate and up with 8 bits.
         bits_per_weight: a budget of all stored bytes over all weights, which a plan of 4 and 8 bits
             spends.
         max_bytes: the same, for weights and what describes them to their runtime.
@@ -150,12 +152,14 @@ class Options:
     def bit_plan(self, config: Qwen2Config) -> BitPlan:
         """The scheme of every matrix, as far as no measurement decides."""
         units = units_of(config.num_hidden_layers, is_tied=config.is_tied)
-        sensitive = self._sensitive_scheme(config)
-        return BitPlan(
-            schemes={
-                unit: sensitive if unit.endswith(_SENSITIVE) else self.scheme for unit in units
-            }
-        )
+        schemes = dict.fromkeys(units, self.scheme)
+        sensitive, robust = self._sensitive_scheme(config), self._robust_scheme(config)
+        for unit in units:
+            if unit.endswith(_SENSITIVE):
+                schemes[unit] = sensitive
+            elif unit.endswith(_ROBUST):
+                schemes[unit] = robust
+        return BitPlan(schemes=schemes)
 
     def _sensitive_scheme(self, config: Qwen2Config) -> Scheme | None:
         """8 bits for what loses most by rounding: q, k, v, embedding and head.
@@ -168,6 +172,17 @@ class Options:
             return self.scheme
         fits = config.hidden_size % 128 == 0
         return Scheme(bits=8, group_size=128 if fits else self.scheme.group_size)
+
+    def _robust_scheme(self, config: Qwen2Config) -> Scheme | None:
+        """Of gate and up with 8 bits: groups of 64, unless a size was asked for.
+
+        So a bundle is smaller than llama.cpp's Q8_0 of the model. On the 0.5B checkpoint that costs
+        a twentieth of the divergence from PyTorch; of any other matrix it costs more per byte.
+        """
+        is_preset = self.bits == 8 and self.group_size is None
+        if not is_preset or config.hidden_size % 64:
+            return self.scheme
+        return Scheme(bits=8, group_size=64)
 
     def context_of(self, config: Qwen2Config) -> int:
         """Positions to prepare for.

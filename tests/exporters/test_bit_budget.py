@@ -95,6 +95,26 @@ def test_the_preset_takes_no_more_than_llama_cpps_q4_0(sizes: dict[str, Any]) ->
     assert 0.97 * theirs < sum(planned_files(plan).values()) <= theirs
 
 
+@pytest.mark.parametrize("sizes", [HALF_B, SEVEN_B], ids=["0.5B", "7B"])
+def test_eight_bits_take_no_more_than_llama_cpps_q8_0(sizes: dict[str, Any]) -> None:
+    config = config_of(sizes)
+    # Its codes of 8 bits and float16 scales for 32 weights each.
+    theirs = 8.5 * sum(parameters_of_units(config).values()) / 8
+    plan = plan_export(config, Options(bits=8))
+    assert 0.97 * theirs < sum(planned_files(plan).values()) <= theirs
+
+
+def test_eight_bits_have_the_groups_that_were_asked_for() -> None:
+    config = config_of(HALF_B)
+    preset, asked = (
+        Options(bits=8, group_size=size).bit_plan(config).summary() for size in (None, 32)
+    )
+    assert set(asked.values()) == {"int8-g32"}
+    assert preset == asked | {"gate_up_proj": "int8-g64"}
+    narrow = config_of(HALF_B | {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 16})
+    assert set(Options(bits=8).bit_plan(narrow).summary().values()) == {"int8-g32"}
+
+
 def test_the_preset_is_the_same_plan_for_both_targets() -> None:
     config = config_of(HALF_B)
     onnx, mlx = (plan_export(config, Options(target=name, bits=4)) for name in ("onnx", "mlx"))
