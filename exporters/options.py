@@ -152,7 +152,7 @@ class Options:
     def bit_plan(self, config: Qwen2Config) -> BitPlan:
         """The scheme of every matrix, as far as no measurement decides."""
         units = units_of(config.num_hidden_layers, is_tied=config.is_tied)
-        schemes = dict.fromkeys(units, self.scheme)
+        schemes: dict[str, Scheme | None] = dict.fromkeys(units, self.scheme)
         sensitive, robust = self._sensitive_scheme(config), self._robust_scheme(config)
         for unit in units:
             if unit.endswith(_SENSITIVE):
