@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2x.cli.machine import peak_memory_bytes, physical_cores
-from qwen2x.cli.options import json_option, place_options
+from qwen2x.cli.options import json_option, place_options, yarn_option
 from qwen2x.cli.output import log, print_json, print_table, size_text
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     help="Runs that the medians are of.",
 )
 @place_options
+@yarn_option
 @json_option
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure prefill and decode speed of BUNDLE: medians of repeats after one to warm up."""
@@ -75,6 +76,7 @@ def run_bench(
     device: str = "auto",
     graph: bool = False,
     kv_bits: str | None = None,
+    yarn: Any = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """The object that ``bench --json`` prints; each run is told on standard error unless quiet."""
@@ -93,7 +95,7 @@ def run_bench(
         tell = (
             (lambda run, speed: None) if quiet else (lambda run, speed: _tell(run, speed, repeat))
         )
-        speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat, tell)
+        speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat, tell, yarn=yarn)
         return {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
@@ -108,6 +110,7 @@ def run_bench(
             "threads": threads or physical_cores(),
             "backend": runtime.backend,
             "device": runtime.device,
+            "rope_factor": runtime.rope_factor,
         }
 
 

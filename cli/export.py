@@ -239,6 +239,12 @@ def _dry_run(source: str, options: Options, revision: str | None, as_json: bool)
         + [
             ("bits per weight", f"{bits:.2f} ({scheme}){expected}"),
             ("peak memory", f"at most {size_text(peak)}"),
-            ("context", f"{context} positions, YaRN factors {factors_text(factors)}"),
+            ("context", f"{context} positions{_factors_text(factors)}"),
         ]
     )
+
+
+def _factors_text(factors: list[float]) -> str:
+    """Nothing for the plain rope alone."""
+    listed = ", ".join(f"{factor:g}" for factor in factors)
+    return "" if factors == [1] else f", YaRN factor {listed}"

@@ -45,9 +45,10 @@ class Recipe:
     """Everything that decides a graph.
 
     ``bit_plan`` gives every matrix its scheme. ``ropes`` are one per YaRN factor, the first for who
-    does not choose. ``max_context`` is the number of positions that the rotary tables cover. ``orders`` are int32 [columns], by module path, of matrices that are stored
-    with their columns in that order. ``cache_ranges`` are the scales of a KV cache in 8 bits; None
-    is one in the float type.
+    does not choose. ``max_context`` is the number of positions that the rotary tables cover.
+    ``orders`` are int32 [columns], by module path, of matrices that are stored with their columns
+    in that order. ``cache_ranges`` are the scales of a KV cache in 8 bits; None is one in the float
+    type.
     """
 
     config: Qwen2Config

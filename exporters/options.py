@@ -95,8 +95,7 @@ class Options:
         rises = all(low < high for low, high in pairwise(self.yarn))
         if not self.yarn or not is_sound or not rises:
             raise ConfigError(
-                f"YaRN factors must rise within 1..{LARGEST_FACTOR}, such as 1,2,4; "
-                f"got {factors!r}"
+                f"YaRN factors must rise within 1..{LARGEST_FACTOR}, such as 1,2,4; got {factors!r}"
             )
         if len(self.yarn) > 1 and self.yarn[0] != 1:
             raise ConfigError(
