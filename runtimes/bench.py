@@ -51,11 +51,6 @@ def bench(
             "expected a text, prompt tokens and repeats of 1 or more, and new tokens of 2 or more, "
             f"got {len(text_ids)}, {prompt_tokens}, {repeat} and {new_tokens}"
         )
-    if prompt_tokens + new_tokens > runtime.max_context:
-        raise RequestError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the context of "
-            f"{runtime.max_context}; ask for fewer"
-        )
     runtime.use_rope(choose_rope(runtime, prompt_tokens, new_tokens, yarn).factor)
     copies = -(-prompt_tokens // len(text_ids))
     prompt = (list(text_ids) * copies)[:prompt_tokens]

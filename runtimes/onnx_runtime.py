@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from qwen2x.exporters.bundle import Bundle
-from qwen2x.exporters.onnx_probe import probed_graph
+from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
@@ -74,6 +74,15 @@ class OnnxRuntime(CacheBookkeeping):
             self._run_bound(binding, inputs, rows[:, start:stop], cache, start, stop)
             cache.collect(binding)
         return rows
+
+    def plain_logits(self, token_ids: TokenIds) -> Logits:
+        """See ``GivesPlainLogits``; another session takes this one's place for it."""
+        graph, chosen = plain_graph(self.folder / GRAPH_FILE), self._session
+        self._session = _open_session(self.bundle, self.device, None, graph)
+        try:
+            return self.logits(token_ids)
+        finally:
+            self._session = chosen
 
     def hidden_states(self, token_ids: TokenIds) -> Hidden:
         """See ``GivesHiddenStates``; a second session is opened for it, and closed."""
