@@ -110,6 +110,12 @@ class Bundle:
         }
 
     @property
+    def own_factor(self) -> float:
+        """The checkpoint's own YaRN factor, or the first where the bundle does not have that."""
+        contexts, own = self.rope_contexts, self.model_config.rope.factor
+        return own if own in contexts else next(iter(contexts))
+
+    @property
     def ropes(self) -> dict[float, Rope]:
         """The rotary embedding of each YaRN factor."""
         own = self.model_config.rope

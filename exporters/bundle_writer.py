@@ -246,13 +246,20 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
         "bits_per_weight": round(bits_per_weight(plan.weights), 4),
         "by_kind": by_kind(plan.weights),
         "weight_bytes": sum(weight.bytes for weight in plan.weights),
-        "rope": rope_facts(options.ropes_of(config), options.context_of(config))
-        | {"original_context": options.original_context},
+        "rope": _rope(config, options),
         "eos_token_ids": list(config.eos_token_ids),
         "notes": [],
         "quality": {},
         "versions": {"qwen2x": version(), "numpy": np.__version__, **own["versions"]},
     }
+
+
+def _rope(config: Qwen2Config, options: Options) -> dict[str, Any]:
+    ropes = options.ropes_of(config)
+    # Programs for MLX read config.json, those for ONNX run the graph's first table.
+    default = config.rope if options.target == "mlx" else ropes[0]
+    facts = rope_facts(ropes, options.context_of(config), default.factor)
+    return facts | {"original_context": options.original_context}
 
 
 def _method(options: Options) -> str:

@@ -101,7 +101,7 @@ def describe_mlx_folder(folder: Path) -> dict[str, Any]:
         "bits_per_weight": round(8 * stored / sum(part["parameters"] for part in matrices), 4),
         "by_kind": parts,
         "weight_bytes": sum(tensor.bytes for tensor in tensors.values()),
-        "rope": rope_facts([config.rope], config.rope.max_positions),
+        "rope": rope_facts([config.rope], config.rope.max_positions, config.rope.factor),
         "inputs": [],
         "optional_inputs": [],
         "outputs": [],

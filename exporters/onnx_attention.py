@@ -2,7 +2,8 @@
 
 Fused: com.microsoft::GroupQueryAttention takes packed q|k|v, rotates inside, and appends to a cache
 that may be one buffer for past and present. Fused in 8 bits: the same with q and k rotated before,
-since the centres of rotated keys are taken out of them (``quantize/cache_ranges.py``). Standard:
+since the centres of rotated keys are taken out of them (``quantize/cache_ranges.py``); also where
+the kernel does not read the positions that choose a YaRN factor. Standard:
 RotaryEmbedding-23 and Attention-23, whose present is past and new keys concatenated.
 """
 
@@ -51,7 +52,9 @@ class AttentionBuilder:
             self._last_key, self._total = self._sequence_lengths()
         else:
             self._mask = self._causal_mask()
-        if not target.is_fused or has_codes:
+        is_chosen_unseen = len(ropes) > 1 and not target.reads_positions
+        self._rotates_before = not target.is_fused or has_codes or is_chosen_unseen
+        if self._rotates_before:
             self._key_rows = self._rope.key_rows()
             self._query_rows = self._rope.query_rows(self._key_rows)
 
@@ -120,16 +123,19 @@ class AttentionBuilder:
     def _fused(self, layer: int, place: str, packed: str) -> str:
         config, rope = self._config, self._rope
         node = f"{place}/GroupQueryAttention"
+        new, rotation = [packed, "", ""], [*rope.tables, rope.positions]
+        if self._rotates_before:
+            new, rotation = list(self._rotated(place, packed).values()), []
         lengths = [self._last_key, self._total]
         self._graph.node(
             node,
-            [packed, "", "", *self._past(layer), *lengths, *rope.tables, rope.positions],
+            [*new, *self._past(layer), *lengths, *rotation],
             [f"{node}/output_0", *self._present(layer)],
             domain=MICROSOFT,
             num_heads=config.num_attention_heads,
             kv_num_heads=config.num_key_value_heads,
             scale=config.head_dim**-0.5,
-            do_rotary=1,
+            do_rotary=0 if self._rotates_before else 1,
             rotary_interleaved=0,
         )
         return self._graph.value(f"{node}/output_0", self._float, (B, S, config.query_size))

@@ -113,13 +113,16 @@ class Rope:
         return self.head_dim * math.log(length) / (2 * math.log(self.theta))
 
 
-def rope_facts(ropes: Sequence[Rope], max_context: int) -> dict[str, Any]:
-    """The manifest's ``rope``: one entry per YaRN factor in its lists, the default one first."""
+def rope_facts(ropes: Sequence[Rope], max_context: int, default_factor: float) -> dict[str, Any]:
+    """The manifest's ``rope``: one entry per YaRN factor in its lists.
+
+    The default factor is the one that other programs run.
+    """
     return {
         "theta": ropes[0].theta,
         "factors": [rope.factor for rope in ropes],
         "contexts": [min(max_context, rope.max_positions) for rope in ropes],
-        "default_factor": ropes[0].factor,
+        "default_factor": default_factor,
         "original_max_position_embeddings": ropes[0].native_positions,
         "attention_factors": [rope.attention_factor for rope in ropes],
         "max_context": max_context,

@@ -19,7 +19,8 @@ def choose_factors(options: Options, folder: Path) -> Options:
     """The options, with factors for the checkpoint in a folder unless they name some.
 
     YaRN in the config keeps its factor and gains 1. An Instruct model of 32,768 positions gets 1, 2
-    and 4, or as many of them as ``max_context`` takes. Any other keeps its plain rope alone.
+    and 4, or as many of them as ``max_context`` takes. Any other keeps its plain rope alone, and so
+    does a fused graph for CUDA, where several factors take the rotation out of the attention.
 
     Raises:
         ConfigError: not a model that we can carry over faithfully.
@@ -28,6 +29,8 @@ def choose_factors(options: Options, folder: Path) -> Options:
         return options
     config = read_config(folder, options.original_context)
     rope = config.rope
+    if options.device == "cuda" and options.dtype != "float32":
+        return options
     if rope.is_yarn:
         has_more = 1 < rope.factor <= LARGEST_FACTOR
         return replace(options, yarn=(1.0, rope.factor)) if has_more else options

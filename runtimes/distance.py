@@ -82,10 +82,8 @@ def check_distance(
 
 def _ends(runtime: Runtime) -> list[int]:
     """The first and last positions of every context that the factor in use reaches."""
-    ends = {
-        0,
-        *(end for context in runtime.rope_contexts.values() for end in (context - 1, context)),
-    }
+    contexts = runtime.rope_contexts.values()
+    ends = {0, *contexts, *(context - 1 for context in contexts)}
     return sorted(end for end in ends if end < runtime.rope_context)
 
 

@@ -40,7 +40,7 @@ class MlxGraphRuntime(CacheBookkeeping):
         self.vocab_size = bundle.vocab_size
         self._ropes = bundle.ropes
         self._has_rope_inputs = bool(facts.get("has_rope_inputs"))
-        self._offer_ropes(bundle.rope_contexts)
+        self._offer_ropes(bundle.rope_contexts, bundle.own_factor)
         self.eos_token_ids = bundle.eos_token_ids
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight

@@ -39,7 +39,7 @@ class OnnxRuntime(CacheBookkeeping):
         self.device = _choose_device(bundle, device)
         self.dtype = bundle.dtype
         self.vocab_size = bundle.vocab_size
-        self._offer_ropes(bundle.rope_contexts)
+        self._offer_ropes(bundle.rope_contexts, bundle.own_factor)
         self.eos_token_ids = bundle.eos_token_ids
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight

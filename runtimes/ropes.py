@@ -48,10 +48,10 @@ class OffersRopes:
         """Empties the cache."""
         raise NotImplementedError
 
-    def _offer_ropes(self, contexts: Mapping[float, int]) -> None:
-        """Sets what there is to choose from; the first one is in use."""
+    def _offer_ropes(self, contexts: Mapping[float, int], factor: float) -> None:
+        """Sets what there is to choose from, and which one is in use."""
         self._contexts, self.max_context = contexts, max(contexts.values())
-        self.rope_factor = next(iter(contexts))
+        self.rope_factor = factor
 
     def _apply_rope(self) -> None:
         """Told that there is another factor in ``rope_factor``; the cache is empty."""

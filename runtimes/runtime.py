@@ -34,7 +34,7 @@ class Runtime(Protocol):
         dtype: float type of activations and cache.
         vocab_size: columns of the logits; the tokenizer may know fewer.
         max_context: positions that the model can be used for.
-        rope_factor: the YaRN factor in use, 1 for none; ``use_rope`` changes it.
+        rope_factor: the YaRN factor in use, 1 for none: the checkpoint's own until ``use_rope``.
         eos_token_ids: tokens that end a text.
         cached_ids: the tokens whose keys and values are in the cache.
         weight_bytes, bits_per_weight: of the weights as this runtime reads them.

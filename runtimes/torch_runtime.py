@@ -56,8 +56,7 @@ class TorchRuntime(CacheBookkeeping):
         ropes = TorchRopes(config, original_context)
         factors = sorted({ropes.factor, *yarn})
         self._rotary = {factor: ropes.embedding(factor).to(device) for factor in factors}
-        self._offer_ropes({factor: ropes.context(factor) for factor in factors})
-        self.rope_factor = ropes.factor
+        self._offer_ropes({factor: ropes.context(factor) for factor in factors}, ropes.factor)
         self._apply_rope()
         eos = generation.eos_token_id
         eos = config.eos_token_id if eos is None else eos
