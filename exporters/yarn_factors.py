@@ -29,7 +29,8 @@ def choose_factors(options: Options, folder: Path) -> Options:
         return options
     config = read_config(folder, options.original_context)
     rope = config.rope
-    if options.device == "cuda" and options.dtype != "float32":
+    is_fused = options.dtype != "float32" and options.kv_bits is None
+    if options.device == "cuda" and is_fused:
         return options
     if rope.is_yarn:
         has_more = 1 < rope.factor <= LARGEST_FACTOR
