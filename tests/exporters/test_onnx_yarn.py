@@ -111,7 +111,7 @@ def test_logits_at_the_ends_of_contexts_are_those_of_transformers(
     )
     ours = np.concatenate([near.logits, far.logits], axis=1)
     theirs = judged(judge, ids, places, factor)
-    print('DIFF',target,factor,end,np.abs(ours - theirs).max(), np.abs(ours-theirs).mean())
+    print("DIFF", target, factor, end, np.abs(ours - theirs).max(), np.abs(ours - theirs).mean())
     assert np.abs(ours - theirs).max() <= LIMITS[target]
 
 
