@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qwen2x.cli.machine import peak_memory_bytes, physical_cores
-from qwen2x.cli.options import json_option, place_options
+from qwen2x.cli.options import json_option, place_options, yarn_option
 from qwen2x.cli.output import log, print_columns, print_json, print_table, size_text
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ _SHOWN_OPERATORS = 8
     "the weights. Default: speeds only.",
 )
 @place_options
+@yarn_option
 @json_option
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Measure prefill and decode speed of BUNDLE: medians of repeats after one to warm up."""
@@ -128,6 +129,7 @@ def run_bench(
     graph: bool = False,
     kv_bits: str | None = None,
     with_profile: bool = False,
+    yarn: Any = "auto",
     quiet: bool = False,
 ) -> dict[str, Any]:
     """The object that ``bench --json`` prints; each run is told on standard error unless quiet."""
@@ -152,7 +154,7 @@ def run_bench(
         tell = (
             (lambda run, speed: None) if quiet else (lambda run, speed: _tell(run, speed, repeat))
         )
-        speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat, tell)
+        speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat, tell, yarn=yarn)
         result = {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
@@ -167,10 +169,12 @@ def run_bench(
             "threads": threads or physical_cores(),
             "backend": runtime.backend,
             "device": runtime.device,
+            "rope_factor": runtime.rope_factor,
         }
     if with_profile:
         # Recording takes time: it has a runtime of its own.
         with open_runtime(bundle, **place, record=True) as runtime:
+            runtime.use_rope(result["rope_factor"])
             cores = threads or physical_cores()
             found = profile(runtime, text_ids, prompt_tokens, new_tokens, cores)
             result["profile"] = _profile_json(found, runtime.weight_bytes)

@@ -21,14 +21,16 @@ from qwen2x.cli.options import (
     sampling_options,
     system_option,
     take_sampling,
+    yarn_option,
 )
 from qwen2x.cli.output import log
-from qwen2x.cli.run import timings_of
+from qwen2x.cli.run import rope_text, timings_of
 from qwen2x.quantize.errors import RequestError
 
 if TYPE_CHECKING:
     from qwen2x.runtimes.chat import Message
     from qwen2x.runtimes.generate import Generation
+    from qwen2x.runtimes.rope_choice import Yarn
     from qwen2x.runtimes.runtime import Runtime
     from qwen2x.runtimes.sampler import Sampling
 
@@ -53,9 +55,15 @@ _WHOLE_NUMBERS = ("top_k", "seed")
 @quantize_options
 @sampling_options
 @system_option
+@yarn_option
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed after each answer.")
 def command(
-    model: str, max_tokens: int | None, system: str | None, verbose: bool, **options: Any
+    model: str,
+    max_tokens: int | None,
+    system: str | None,
+    yarn: Any,
+    verbose: bool,
+    **options: Any,
 ) -> None:
     """Talk with MODEL: a bundle, a Hugging Face folder, or a hub id.
 
@@ -64,11 +72,12 @@ def command(
     leaves. /help lists the commands.
     """
     given = take_sampling(options)
-    with open_model(model, **options) as runtime:
+    with open_model(model, yarn=yarn, **options) as runtime:
         talk = Conversation(
             runtime=runtime,
             sampling=sampling_for(runtime, given),
             max_tokens=max_tokens,
+            yarn=yarn,
             is_verbose=verbose,
         )
         talk.begin(system)
@@ -107,11 +116,18 @@ class Conversation:
     """The messages so far; answers are added as they were shown."""
 
     def __init__(
-        self, *, runtime: Runtime, sampling: Sampling, max_tokens: int | None, is_verbose: bool
+        self,
+        *,
+        runtime: Runtime,
+        sampling: Sampling,
+        max_tokens: int | None,
+        yarn: Yarn,
+        is_verbose: bool,
     ) -> None:
         self._runtime = runtime
         self._sampling = sampling
         self._max_tokens = max_tokens
+        self._yarn: Yarn = yarn
         self._is_verbose = is_verbose
         self.messages: list[Message] = []
 
@@ -174,11 +190,15 @@ class Conversation:
         """One turn. What was shown before Ctrl-C stays in the conversation."""
         from qwen2x.runtimes.generate import generate
 
-        context = self._runtime.max_context
+        context = self._context
         try:
             messages, dropped = self._shifted([*self.messages, {"role": "user", "content": text}])
             answer = generate(
-                self._runtime, messages, max_tokens=self._max_tokens, sampling=self._sampling
+                self._runtime,
+                messages,
+                max_tokens=self._limit(messages),
+                sampling=self._sampling,
+                yarn=self._yarn,
             )
         except RequestError as error:
             log(f"{error} (this message is forgotten, /clear forgets all)")
@@ -195,7 +215,7 @@ class Conversation:
             speed = timings_of(answer, 0.0)["decode_tokens_per_s"]
             log(
                 f"{len(answer.prompt_ids)} prompt tokens ({answer.cached_tokens} cached), "
-                f"{len(answer.token_ids)} new at {speed:.1f}/s"
+                f"{len(answer.token_ids)} new at {speed:.1f}/s{rope_text(answer)}"
             )
 
     def _shifted(self, messages: list[Message]) -> tuple[list[Message], int]:
@@ -203,9 +223,24 @@ class Conversation:
         from qwen2x.runtimes.generate import read_text_files
 
         files = read_text_files(self._runtime.folder)
-        context = self._runtime.max_context
+        context = self._context
         reserve = min(self._max_tokens or context, context // 4)
         return shift(messages, context, reserve, lambda kept: len(files.prompt_ids(kept)))
+
+    @property
+    def _context(self) -> int:
+        """Positions that a conversation can have, with the factor that was asked for or any."""
+        runtime = self._runtime
+        return runtime.max_context if self._yarn == "auto" else runtime.rope_contexts[self._yarn]
+
+    def _limit(self, messages: list[Message]) -> int | None:
+        """New tokens at most, of those that were asked for, until the context is full."""
+        from qwen2x.runtimes.generate import read_text_files
+
+        if self._max_tokens is None:
+            return None
+        prompt = len(read_text_files(self._runtime.folder).prompt_ids(messages))
+        return max(1, min(self._max_tokens, self._context - prompt))
 
 
 def _required(name: str) -> str:

@@ -89,14 +89,17 @@ def compare_bundles(bundles: Sequence[Bundle], judge: Judge, wish: Wish) -> Comp
         warn_of_changed_files(bundle, judge)
     tokenizer = read_text_files(judge.folder).tokenizer
     token_ids = tokenizer.encode(wish.text)
-    reading = wish.read(token_ids, min(bundle.max_context for bundle in bundles))
+    factor = judge.shared_factor(bundles)
+    context = min(bundle.rope_contexts[factor] for bundle in bundles)
+    reading = wish.read(token_ids, context)
     for bundle in bundles:
         wish.open(bundle).close()  # what cannot be run is told before the judge takes minutes
     found = []
-    with _reference_logits(judge, wish, reading.windows) as stored:
+    with _reference_logits(judge, wish, reading.windows, factor) as stored:
         for bundle in bundles:
             wish.on_step(str(bundle.folder))
             with wish.open(bundle) as candidate:
+                candidate.use_rope(factor)
                 difference = compare(stored, candidate, reading.windows)
                 place = {"backend": candidate.backend, "device": candidate.device}
             found.append(
@@ -160,7 +163,7 @@ def require_same_model(bundle: Bundle, judge: Judge) -> None:
 
 @contextmanager
 def _reference_logits(
-    judge: Judge, wish: Wish, windows: Sequence[Sequence[int]]
+    judge: Judge, wish: Wish, windows: Sequence[Sequence[int]], factor: float
 ) -> Iterator[StoredLogits]:
     """The judge's logits in a file without a name, which nothing leaves behind."""
     from qwen2x.exporters.cache_folder import cache_folder
@@ -176,7 +179,8 @@ def _reference_logits(
     with ExitStack() as opened:
         with turn_os_errors(folder):
             file = opened.enter_context(tempfile.TemporaryFile(dir=folder))
-        with judge.open(wish.device, wish.threads) as reference, turn_os_errors(folder):
+        opening = judge.open(wish.device, wish.threads, factor)
+        with opening as reference, turn_os_errors(folder):
             stored = StoredLogits(reference, windows, file)
         yield stored
 

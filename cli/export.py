@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from qwen2x.exporters.options import Options
 
 
+def read_factors(context: click.Context, option: object, text: str | None) -> Any:
+    """A tuple of numbers, rising, of a list with commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(sorted(float(word) for word in text.split(",")))
+    except ValueError:
+        raise click.UsageError(
+            f"--yarn must be factors with commas between, such as 1,2,4; got {text!r}", context
+        ) from None
+
+
 @click.command(
     "export",
     epilog="\b\nExample: qwen2x export Qwen/Qwen2.5-0.5B-Instruct --to onnx --bits 4 -o qwen-int4",
@@ -71,6 +83,16 @@ if TYPE_CHECKING:
     help="With --to mlx: also trace the forward pass into decode.mlxfn, for run --graph.",
 )  # fmt: skip
 @click.option("--max-context", type=int, help="Positions to prepare for. Default: all it can.")
+@click.option(
+    "--yarn", callback=read_factors,
+    help="YaRN factors to choose from when it runs, such as 1,2,4 for 131,072 positions of a model "
+    "with 32,768. Default: 1,2,4 for an Instruct model with 32,768, 1 and its own for a config "
+    "with YaRN, else 1.",
+)  # fmt: skip
+@click.option(
+    "--original-context", type=click.IntRange(1),
+    help="Positions that the model was trained with. Default: what the config says.",
+)  # fmt: skip
 @click.option("--revision", help="Branch, tag or commit, when SOURCE is a hub id. Default: main.")
 @click.option("--dry-run", is_flag=True, help="Only show files, bytes, bits per weight, memory.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
@@ -192,13 +214,16 @@ def _dry_run(source: str, options: Options, revision: str | None, as_json: bool)
     from qwen2x.exporters.exporter import plan_export
     from qwen2x.exporters.hub import resolve_source
     from qwen2x.exporters.weights import bits_per_weight
+    from qwen2x.exporters.yarn_factors import choose_factors
 
     folder = resolve_source(source, revision=revision, weights=False)
-    plan = plan_export(read_config(folder), options)
+    options = choose_factors(options, folder)
+    plan = plan_export(read_config(folder, options.original_context), options)
     files = planned_files(plan)
     bits, scheme = bits_per_weight(plan.weights), plan.bit_plan.name
     expected = ", as is typical: measurements will decide" if options.is_planned else ""
     context, peak = options.context_of(plan.config), estimate_peak_memory(plan)
+    factors = [rope.factor for rope in options.ropes_of(plan.config)]
     if as_json:
         print_json(
             {
@@ -209,6 +234,7 @@ def _dry_run(source: str, options: Options, revision: str | None, as_json: bool)
                 "scheme": scheme,
                 "peak_memory_bytes": peak,
                 "max_context": context,
+                "yarn": factors,
                 "is_expected": options.is_planned,
             }
         )
@@ -218,6 +244,12 @@ def _dry_run(source: str, options: Options, revision: str | None, as_json: bool)
         + [
             ("bits per weight", f"{bits:.2f} ({scheme}){expected}"),
             ("peak memory", f"at most {size_text(peak)}"),
-            ("context", f"{context} positions"),
+            ("context", f"{context} positions{_factors_text(factors)}"),
         ]
     )
+
+
+def _factors_text(factors: list[float]) -> str:
+    """Nothing for the plain rope alone."""
+    listed = ", ".join(f"{factor:g}" for factor in factors)
+    return "" if factors == [1] else f", YaRN factor {listed}"

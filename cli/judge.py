@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Whom a bundle is compared with. ``bundle`` is None for a checkpoint, which PyTorch runs."""
+    """Whom a bundle is compared with. ``bundle`` is None for a checkpoint, which PyTorch runs.
+
+    ``original_context`` is what a bundle was told of its checkpoint, see ``Options``.
+    """
 
     name: str
     folder: Path
     bundle: Bundle | None = None
+    original_context: int | None = None
     # Of its files, which are hashed once for all bundles.
     _sha256: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -36,14 +41,49 @@ class Judge:
         """The model's numbers."""
         from qwen2x.exporters.config import read_config
 
-        return read_config(self.folder) if self.bundle is None else self.bundle.model_config
+        if self.bundle is not None:
+            return self.bundle.model_config
+        return read_config(self.folder, self.original_context)
 
-    def open(self, device: str, threads: int | None) -> Runtime:
-        """Its runtime; PyTorch's is on the CPU in float32, wherever the bundle runs."""
+    def shared_factor(self, bundles: Sequence[Bundle]) -> float:
+        """The YaRN factor to compare with: its own if all have it, else the smallest that all have.
+
+        Raises:
+            RequestError: there is none.
+        """
+        contexts = [bundle.rope_contexts for bundle in bundles]
+        shared = set(contexts[0]).intersection(*contexts[1:])
+        if self.bundle is None:
+            own = self.config.rope.factor
+        else:
+            own = next(iter(self.bundle.rope_contexts))
+            shared &= set(self.bundle.rope_contexts)
+        if not shared:
+            raise RequestError(
+                f"{self.name} and {', '.join(str(bundle.folder) for bundle in bundles)} have no "
+                "YaRN factor in common; export them with one, such as --yarn 1,2,4"
+            )
+        return own if own in shared else min(shared)
+
+    def open(
+        self, device: str, threads: int | None, factor: float, *more_factors: float
+    ) -> Runtime:
+        """Its runtime with a YaRN factor; PyTorch takes any, and some more to change to.
+
+        PyTorch is on the CPU in float32, wherever the bundle runs.
+        """
+        runtime = self._open(device, threads, (factor, *more_factors))
+        runtime.use_rope(factor)
+        return runtime
+
+    def _open(self, device: str, threads: int | None, factors: Sequence[float]) -> Runtime:
         from qwen2x.runtimes.runtime import open_runtime
 
         if self.bundle is None:
-            return open_runtime(self.folder, backend="torch", device="cpu", threads=threads)
+            return open_runtime(
+                self.folder, backend="torch", device="cpu", threads=threads, yarn=factors,
+                original_context=self.original_context,
+            )  # fmt: skip
         return open_runtime(self.folder, device=device_for(self.bundle, device), threads=threads)
 
     def tolerance(self, candidate: Bundle) -> Tolerance:
@@ -86,8 +126,13 @@ class Judge:
         return self._sha256[name]
 
 
-def find_judge(against: str, revision: str | None) -> Judge:
+def find_judge(against: str, revision: str | None, candidate: Bundle | None = None) -> Judge:
     """The checkpoint (folder or hub id) or bundle of that name.
+
+    Args:
+        against: its name.
+        revision: of a hub id.
+        candidate: what will be compared with it, which may have been told of its source.
 
     Raises:
         InputError: it is neither, or not whole.
@@ -103,7 +148,9 @@ def find_judge(against: str, revision: str | None) -> Judge:
         raise RequestError(f"{against} is a bundle, which has no revisions; leave it out")
     if is_bundle(folder):
         return Judge(name=against, folder=folder, bundle=open_bundle(folder))
-    return Judge(name=against, folder=open_source(folder, None))
+    told = None if candidate is None else candidate.original_context
+    folder = open_source(folder, None, told)
+    return Judge(name=against, folder=folder, original_context=told)
 
 
 def device_for(bundle: Bundle, device: str) -> str:

@@ -31,7 +31,8 @@ Tokens = list[tuple[int, float]]
 class Wish:
     """How bundles are to be compared.
 
-    ``wants_layers`` refuses a runtime that shows none, ``wants_page`` leaves them out there.
+    ``wants_layers`` refuses a runtime that shows none, ``wants_page`` leaves them out there;
+    ``is_long`` also looks at every YaRN factor at far positions.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Wish:
     wants_page: bool = False
     graph: bool = False
     kv_bits: str | None = None
+    is_long: bool = False
     on_step: Callable[[str], None] = field(default=lambda step: None)
 
     def read(self, token_ids: Sequence[int], max_context: int) -> Reading:
@@ -98,11 +100,16 @@ def judge_bundle(folder: Path, judge: Judge, wish: Wish) -> Judgement:
     changed = warn_of_changed_files(opened, judge)
     tokenizer = read_text_files(judge.folder).tokenizer
     token_ids = tokenizer.encode(wish.text)
-    with wish.open(opened) as candidate, judge.open(wish.device, wish.threads) as reference:
+    factor = judge.shared_factor([opened])
+    with (
+        wish.open(opened) as candidate,
+        judge.open(wish.device, wish.threads, factor, *opened.rope_contexts) as reference,
+    ):
+        candidate.use_rope(factor)
         _require_same_shape(opened, candidate, reference, judge.name)
         if wish.wants_layers:
             _require_layers(candidate, reference)
-        reading = wish.read(token_ids, candidate.max_context)
+        reading = wish.read(token_ids, candidate.rope_context)
         report = validate(
             candidate,
             reference,
@@ -114,7 +121,9 @@ def judge_bundle(folder: Path, judge: Judge, wish: Wish) -> Judgement:
         )
         ours, theirs = _next_tokens(candidate, reference, token_ids)
         layers = _layers(candidate, reference, token_ids, wish)
-    report.facts.update(_facts(opened, judge, wish, reading))
+        if wish.is_long:
+            _look_far(report, candidate, reference, token_ids, wish)
+    report.facts.update(_facts(opened, judge, wish, reading, factor))
     report.checks.append(
         Check(name="source_is_the_same", value=float(not changed), limit=1, is_floor=True)
     )
@@ -154,6 +163,23 @@ def warn_of_changed_files(bundle: Bundle, judge: Judge) -> list[str]:
     return changed
 
 
+def _look_far(
+    report: Report,
+    candidate: Runtime,
+    reference: Runtime,
+    token_ids: Sequence[int],
+    wish: Wish,
+) -> None:
+    """Adds what ``--long`` finds."""
+    from dataclasses import asdict
+
+    from qwen2x.runtimes.distance import check_distance
+
+    checks, found = check_distance(candidate, reference, token_ids, report.tolerance, wish.on_step)
+    report.checks.extend(checks)
+    report.facts["long"] = [asdict(each) for each in found]
+
+
 def _require_same_shape(
     opened: Bundle, candidate: Runtime, reference: Runtime, against: str
 ) -> None:
@@ -166,7 +192,9 @@ def _require_same_shape(
         )
 
 
-def _facts(bundle: Bundle, judge: Judge, wish: Wish, reading: Reading) -> dict[str, Any]:
+def _facts(
+    bundle: Bundle, judge: Judge, wish: Wish, reading: Reading, factor: float
+) -> dict[str, Any]:
     """What was compared with what, so that a recorded report stands by itself."""
     facts = {
         "scheme": bundle.scheme,
@@ -174,6 +202,7 @@ def _facts(bundle: Bundle, judge: Judge, wish: Wish, reading: Reading) -> dict[s
         "bytes": bundle.bytes,
         "cache_dtype": bundle.cache["dtype"],
         "graph": wish.graph,
+        "rope_factor": factor,
         "text": reading.to_json(),
         "reference": {"name": judge.name, "backend": judge.backend},
     }
@@ -188,7 +217,7 @@ def _next_tokens(
 
     from qwen2x.runtimes.compare import top_tokens
 
-    ids = np.array([token_ids[: min(_LAYER_TOKENS, candidate.max_context)]], np.int64)
+    ids = np.array([token_ids[: min(_LAYER_TOKENS, candidate.rope_context)]], np.int64)
     ours, theirs = candidate.logits(ids)[0, -1], reference.logits(ids)[0, -1]
     return top_tokens(ours, _TOP), top_tokens(theirs, _TOP)
 
@@ -218,7 +247,7 @@ def _layers(
     if not wish.wants_layers and not (wish.wants_page and is_possible):
         return []
     wish.on_step("layers")
-    ids = np.array([token_ids[: min(_LAYER_TOKENS, candidate.max_context)]], np.int64)
+    ids = np.array([token_ids[: min(_LAYER_TOKENS, candidate.rope_context)]], np.int64)
     return compare_layers(reference, candidate, ids)  # type: ignore[arg-type]
 
 

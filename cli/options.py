@@ -103,7 +103,10 @@ model_options = _together(
 
 sampling_options = _together(
     click.option(
-        "--max-tokens", type=click.IntRange(1), help="New tokens at most. Default: until it ends."
+        "--max-tokens",
+        type=click.IntRange(1),
+        help="New tokens at most. Default: until it ends, or the context that goes with the prompt "
+        "is full.",
     ),
     click.option("--temperature", type=float, help="0 is greedy. Default: the checkpoint's own."),
     click.option(
@@ -129,6 +132,31 @@ sampling_options = _together(
         help="Above 1, what was said becomes less likely. Default: the checkpoint's own.",
     ),
     click.option("--seed", type=int, help="Makes sampling repeatable. Default: another each time."),
+)
+
+
+def read_yarn(context: click.Context, option: object, text: str) -> float | str:
+    """``auto``, or a factor."""
+    if text == "auto":
+        return text
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 1 <= factor < float("inf"):
+        raise click.UsageError(
+            f"--yarn must be auto or a factor of 1 or more, got {text!r}", context
+        )
+    return factor
+
+
+yarn_option = click.option(
+    "--yarn",
+    default="auto",
+    show_default=True,
+    callback=read_yarn,
+    help="YaRN factor. auto: the smallest of the bundle's that reaches over prompt and answer; a "
+    "conversation that outgrows it is read again with the next one. Or one of them, such as 4.",
 )
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
@@ -162,6 +190,7 @@ def open_model(
     threads: int | None,
     graph: bool = False,
     kv_bits: str | None = None,
+    yarn: float | str = "auto",
     **making: Any,
 ) -> Runtime:
     """A runtime for a bundle, or for a checkpoint, whose bundle is made once and kept.
@@ -173,6 +202,7 @@ def open_model(
         threads: on the CPU; None is the backend's own choice.
         graph: run an MLX folder's ``decode.mlxfn``.
         kv_bits: of the KV cache; None is the bundle's own, floats for a checkpoint.
+        yarn: a factor that there must be, or ``auto``.
         **making: revision, bits, group_size, dtype: of the bundle that a checkpoint becomes.
     """
     from qwen2x.exporters.bundle import is_bundle
@@ -202,10 +232,13 @@ def open_model(
         threads=threads,
         graph=graph,
         kv_bits=int(kv_bits) if kv_bits else None,
+        yarn=() if isinstance(yarn, str) else (yarn,),
     )
 
 
-def open_source(source: str | Path, revision: str | None) -> Path:
+def open_source(
+    source: str | Path, revision: str | None, original_context: int | None = None
+) -> Path:
     """The local folder of a checkpoint whose config and tensors' headers are those of a Qwen2.
 
     Raises:
@@ -217,7 +250,8 @@ def open_source(source: str | Path, revision: str | None) -> Path:
 
     if is_bundle(Path(source)):
         raise RequestError(f"expected a checkpoint, got the bundle {source}; give what it is of")
-    with open_checkpoint(resolve_source(source, revision=revision)) as checkpoint:
+    folder = resolve_source(source, revision=revision)
+    with open_checkpoint(folder, original_context) as checkpoint:
         return checkpoint.folder
 
 

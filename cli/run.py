@@ -17,6 +17,7 @@ from qwen2x.cli.options import (
     sampling_options,
     system_option,
     take_sampling,
+    yarn_option,
 )
 from qwen2x.cli.output import log, print_json
 from qwen2x.cli.prompt import read_prompt
@@ -42,6 +43,7 @@ Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0
     help="A string that ends the text and is not shown. Repeatable. Default: none.",
 )
 @system_option
+@yarn_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without chat template.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed on standard error.")
 @json_option
@@ -51,6 +53,7 @@ def command(
     max_tokens: int | None,
     stop: tuple[str, ...],
     system: str | None,
+    yarn: Any,
     raw: bool,
     verbose: bool,
     as_json: bool,
@@ -72,7 +75,7 @@ def command(
     given = take_sampling(options)
     text = read_prompt(prompt)
     started = time.perf_counter()
-    with open_model(model, **options) as runtime:
+    with open_model(model, yarn=yarn, **options) as runtime:
         load_s = time.perf_counter() - started
         answer = generate(
             runtime,
@@ -82,6 +85,7 @@ def command(
             stop=stop,
             system=system,
             raw=raw,
+            yarn=yarn,
         )
         if as_json:
             print_json(result_of(answer.run(), load_s))
@@ -106,6 +110,8 @@ def result_of(answer: Generation, load_s: float) -> dict[str, Any]:
         "prompt_tokens": len(answer.prompt_ids),
         "new_tokens": len(answer.token_ids),
         "finish_reason": answer.finish_reason,
+        "rope_factor": answer.rope_factor,
+        "prefilled_again": answer.prefilled_again,
         "backend": answer.runtime.backend,
         "device": answer.runtime.device,
         "timings": timings_of(answer, load_s),
@@ -118,8 +124,17 @@ def _log_speed(answer: Generation, load_s: float) -> None:
     log(
         f"{len(answer.prompt_ids)} prompt tokens at {timings['prefill_tokens_per_s']:.1f}/s, "
         f"{len(answer.token_ids)} new at {timings['decode_tokens_per_s']:.1f}/s, "
-        f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s"
+        f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s{rope_text(answer)}"
     )
+
+
+def rope_text(answer: Generation) -> str:
+    """Which YaRN factor was taken, and what had to be read again for it; nothing without YaRN."""
+    if len(answer.runtime.rope_contexts) == 1:
+        return ""
+    again = answer.prefilled_again
+    reread = f" ({again} tokens read again, as another one had been in use)" if again else ""
+    return f", YaRN factor {answer.runtime.rope_factor:g}{reread}"
 
 
 def timings_of(answer: Generation, load_s: float) -> dict[str, float]:

@@ -30,6 +30,12 @@ Example: qwen2x validate qwen-int4 --against Qwen/Qwen2.5-0.5B-Instruct
     "--against", required=True, help="The checkpoint (folder or hub id), or another bundle."
 )
 @reading_options
+@click.option(
+    "--long",
+    "is_long",
+    is_flag=True,
+    help="Also every YaRN factor at far positions, which takes seconds and no long prompt.",
+)
 @click.option("--layers", is_flag=True, help="Also show where hidden states part, layer by layer.")
 @click.option(
     "--html",
@@ -72,9 +78,9 @@ def command(
         on_step=lambda step: None if as_json else log(f"checking {step}"),
         **options,
     )
-    judge = find_judge(against, revision)
-    for bundle in bundles[1:]:
-        open_bundle(bundle)  # else what was found of those before it would be lost
+    # All of them first: else what was found of those before a damaged one would be lost.
+    opened = [open_bundle(bundle) for bundle in bundles]
+    judge = find_judge(against, revision, opened[0])
     judgements = []
     for bundle in bundles:
         if len(bundles) > 1 and not as_json:

@@ -13,6 +13,7 @@ from typing import Any
 
 from qwen2x.exporters.config import Qwen2Config, parse_config
 from qwen2x.exporters.mlx_folder import describe_mlx_folder, is_mlx_folder
+from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.errors import BundleError
 
 MANIFEST = "qwen2x.json"
@@ -70,7 +71,8 @@ class Bundle:
     @property
     def model_config(self) -> Qwen2Config:
         """The model's numbers, as its checkpoint's ``config.json`` had them."""
-        return parse_config(self.manifest["config"], {"eos_token_id": list(self.eos_token_ids)})
+        generation = {"eos_token_id": list(self.eos_token_ids)}
+        return parse_config(self.manifest["config"], generation, self.original_context)
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
@@ -90,6 +92,36 @@ class Bundle:
     def max_context(self) -> int:
         """Positions that the bundle can be used for."""
         return int(self.manifest["rope"]["max_context"])
+
+    @property
+    def original_context(self) -> int | None:
+        """Positions that the model was trained with, if its config had to be told."""
+        given = self.manifest["rope"].get("original_context")
+        return None if given is None else int(given)
+
+    @property
+    def rope_contexts(self) -> dict[float, int]:
+        """Positions that each YaRN factor reaches, by factor, rising. Early bundles have one."""
+        rope = self.manifest["rope"]
+        contexts = rope.get("contexts", [self.max_context])
+        return {
+            float(factor): int(context)
+            for factor, context in zip(rope["factors"], contexts, strict=True)
+        }
+
+    @property
+    def own_factor(self) -> float:
+        """The checkpoint's own YaRN factor, or the first where the bundle does not have that."""
+        contexts, own = self.rope_contexts, self.model_config.rope.factor
+        return own if own in contexts else next(iter(contexts))
+
+    @property
+    def ropes(self) -> dict[float, Rope]:
+        """The rotary embedding of each YaRN factor."""
+        own = self.model_config.rope
+        if len(self.rope_contexts) == 1:
+            return dict.fromkeys(self.rope_contexts, own)
+        return {factor: own.with_factor(factor) for factor in self.rope_contexts}
 
     @property
     def cache(self) -> Mapping[str, Any]:
@@ -266,6 +298,11 @@ def _require_usable(bundle: Bundle) -> None:
         raise ValueError(f"eos_token_ids is {eos!r}")
     if not 1 <= bundle.max_context <= 1 << 30:
         raise ValueError(f"max_context is {bundle.max_context}")
+    contexts = bundle.rope_contexts
+    if not contexts or not all(1 <= context <= bundle.max_context for context in contexts.values()):
+        raise ValueError(f"contexts of YaRN factors are {contexts}")
+    if list(contexts) != sorted(contexts):
+        raise ValueError(f"YaRN factors are {list(contexts)}")
 
 
 def _damaged(path: Path, error: Exception) -> BundleError:

@@ -35,6 +35,7 @@ from qwen2x.exporters.measuring import measuring_memory
 from qwen2x.exporters.model_card import CARD_FILE, model_card
 from qwen2x.exporters.options import Options, version
 from qwen2x.exporters.quantizing import prepare_quantizing
+from qwen2x.exporters.rope import rope_facts
 from qwen2x.exporters.staging import KEY_FILE, require_space, stage_folder
 from qwen2x.exporters.tokenizer_files import TOKENIZER_FILES, require_tokenizer_fits
 from qwen2x.exporters.weight_writer import (
@@ -101,7 +102,7 @@ def write_bundle(
         InputError: everything that is the user's to mend; nothing is left behind then.
     """
     started = time.monotonic()
-    with open_checkpoint(folder) as checkpoint:
+    with open_checkpoint(folder, options.original_context) as checkpoint:
         plan = make_plan(checkpoint, None)
         require_tokenizer_fits(folder, checkpoint.config.vocab_size)
         _require_source_outside(checkpoint, out)
@@ -179,8 +180,9 @@ def _cache_ranges(
 ) -> CacheRanges | None:
     if calibration is None or options.kv_bits is None:
         return None
-    positions = options.context_of(checkpoint.config)
-    return calibrate_cache(checkpoint, calibration, positions, staging, on_layer)
+    rope = options.ropes_of(checkpoint.config)[0]
+    positions = min(options.context_of(checkpoint.config), rope.max_positions)
+    return calibrate_cache(checkpoint, calibration, rope, positions, staging, on_layer)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -227,7 +229,7 @@ def _copy_companions(folder: Path, staging: Path) -> None:
 
 
 def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
-    config, options, rope = plan.config, plan.options, plan.config.rope
+    config, options = plan.config, plan.options
     own = plan.manifest()
     return {
         "format_version": FORMAT_VERSION,
@@ -244,19 +246,20 @@ def _manifest(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
         "bits_per_weight": round(bits_per_weight(plan.weights), 4),
         "by_kind": by_kind(plan.weights),
         "weight_bytes": sum(weight.bytes for weight in plan.weights),
-        "rope": {
-            "theta": rope.theta,
-            "factors": [rope.factor],
-            "original_max_position_embeddings": rope.original_max_position_embeddings
-            or rope.max_position_embeddings,
-            "attention_factors": [rope.attention_factor],
-            "max_context": options.context_of(config),
-        },
+        "rope": _rope(config, options),
         "eos_token_ids": list(config.eos_token_ids),
         "notes": [],
         "quality": {},
         "versions": {"qwen2x": version(), "numpy": np.__version__, **own["versions"]},
     }
+
+
+def _rope(config: Qwen2Config, options: Options) -> dict[str, Any]:
+    ropes = options.ropes_of(config)
+    # Programs for MLX read config.json, those for ONNX run the graph's first table.
+    default = config.rope if options.target == "mlx" else ropes[0]
+    facts = rope_facts(ropes, options.context_of(config), default.factor)
+    return facts | {"original_context": options.original_context}
 
 
 def _method(options: Options) -> str:

@@ -23,6 +23,7 @@ from qwen2x.exporters.calibration import (
 from qwen2x.exporters.checkpoint import Checkpoint
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.packed_matrices import PackedMatrices
+from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.cache_ranges import CacheRanges, Tensor, join, measure_layer
 from qwen2x.quantize.groups import Float, dequantize
 from qwen2x.quantize.plan import unit_of
@@ -42,6 +43,7 @@ def cache_text(calibration: Calibration) -> Calibration:
 def calibrate_cache(
     checkpoint: Checkpoint,
     calibration: Calibration,
+    rope: Rope,
     positions: int,
     staging: Path,
     on_layer: OnLayer,
@@ -51,7 +53,10 @@ def calibrate_cache(
     Args:
         checkpoint: the float weights.
         calibration: the text, of which a share is read.
-        positions: of the context, at any of which a key may come.
+        rope: of the keys. YaRN's other factors leave them where they are: what turns less than once
+            in the model's own context turns as far in a stretched one, and their attention factors
+            are with the queries (``RopeTables``).
+        positions: of its context, at any of which a key may come.
         staging: where they are kept.
         on_layer: told of layers that are done.
 
@@ -62,7 +67,7 @@ def calibrate_cache(
     if path.is_file():
         return CacheRanges(**load_file(path))
     config = checkpoint.config
-    shape = shape_of(config)
+    shape = shape_of(config, rope)
     tensor = _float_tensors(checkpoint)
     rows, places = embedding_rows(checkpoint, cache_text(calibration).windows)
     states = rows[places]

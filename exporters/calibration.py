@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from qwen2x.exporters.checkpoint import Checkpoint
 from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.calibrate import SchemeOf, Streams, calibrate_layer
 from qwen2x.quantize.decoder import Shape
 from qwen2x.quantize.errors import RequestError
@@ -216,15 +217,16 @@ def calibrate(
     return CalibratedMatrices(staging), streams
 
 
-def shape_of(config: Qwen2Config) -> Shape:
-    """The numbers that a layer is computed with."""
+def shape_of(config: Qwen2Config, rope: Rope | None = None) -> Shape:
+    """The numbers that a layer is computed with; the rope is the config's own unless given."""
+    rope = rope or config.rope
     return Shape(
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
-        inverse_frequencies=config.rope.inverse_frequencies(),
-        attention_factor=config.rope.attention_factor,
+        inverse_frequencies=rope.inverse_frequencies(),
+        attention_factor=rope.attention_factor,
     )
 
 

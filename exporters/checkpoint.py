@@ -169,14 +169,14 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, original_context: int | None = None) -> Checkpoint:
     """Opens a folder and compares every name and shape with what its config implies.
 
     Raises:
         SourceError, ConfigError: no or an unfit ``config.json``.
         CheckpointError: damaged files, or differences, all of them at once.
     """
-    config = read_config(folder)
+    config = read_config(folder, original_context)
     tensors: dict[str, Tensor] = {}
     for shard in find_shards(folder):
         for tensor in read_header(folder / shard):

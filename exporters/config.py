@@ -89,8 +89,12 @@ class Qwen2Config:
         return sum(math.prod(shape) for shape in self.expected_tensors().values())
 
 
-def read_config(folder: Path) -> Qwen2Config:
+def read_config(folder: Path, original_context: int | None = None) -> Qwen2Config:
     """The config of a checkpoint folder; eos ids from ``generation_config.json`` where it has any.
+
+    Args:
+        folder: of the checkpoint.
+        original_context: positions that the model was trained with, if the config is silent.
 
     Raises:
         SourceError: there is no ``config.json``.
@@ -100,7 +104,7 @@ def read_config(folder: Path) -> Qwen2Config:
     if raw is None:
         raise SourceError(f"{folder} has no config.json; expected a Hugging Face model folder")
     generation = read_json(folder / "generation_config.json") or {}
-    return parse_config(raw, generation)
+    return parse_config(raw, generation, original_context)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -116,7 +120,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2Config:
+def parse_config(
+    raw: Mapping[str, Any], generation: Mapping[str, Any], original_context: int | None = None
+) -> Qwen2Config:
     """A checked config of the dictionaries in ``config.json`` and ``generation_config.json``."""
     _require_dense_qwen2(raw)
     layers = _dimension(raw, "num_hidden_layers")
@@ -143,7 +149,7 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Qwen2
         head_dim=head_dim,
         rms_norm_eps=_epsilon(raw),
         is_tied=_is_tied(raw),
-        rope=read_rope(raw, head_dim),
+        rope=read_rope(raw, head_dim, original_context),
         bos_token_id=_token_id(raw, generation, "bos_token_id"),
         pad_token_id=_token_id(raw, generation, "pad_token_id"),
         eos_token_ids=_eos(raw, generation),

@@ -19,6 +19,7 @@ from qwen2x.exporters.options import Options
 from qwen2x.exporters.packed_matrices import Order, PackedMatrices
 from qwen2x.exporters.staging import require_absent
 from qwen2x.exporters.weight_writer import Progress
+from qwen2x.exporters.yarn_factors import choose_factors
 from qwen2x.quantize.plan import BitPlan
 
 
@@ -54,7 +55,8 @@ def export(
         on_layer: called with what is done to layers, with how many, and of how many.
         source_name: what the manifest calls the source, if not its id or folder name.
         **options: the other fields of ``Options``: bits, group_size, bits_per_weight, max_bytes,
-            asymmetric, prefer, method, calibration, kv_bits, dtype, device, max_context, graph.
+            asymmetric, prefer, method, calibration, kv_bits, dtype, device, max_context, yarn,
+            original_context, graph.
 
     Raises:
         InputError: a source, option or folder that does not fit; nothing is left behind.
@@ -63,7 +65,7 @@ def export(
     # Before anything is fetched, since that may take hours.
     require_absent(Path(out).absolute(), force)
     folder = resolve_source(source, revision=revision)
-    chosen = _without_text(chosen, folder)
+    chosen = choose_factors(_without_text(chosen, folder), folder)
     manifest = write_bundle(
         folder,
         Path(out),

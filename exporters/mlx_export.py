@@ -67,6 +67,7 @@ class MlxPlan:
             self._config().get("quantization"),
             self.dtype,
             self.options.context_of(self.config),
+            has_rope_inputs=len(self.options.ropes_of(self.config)) > 1,
         )
         return facts
 

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qwen2x.exporters.config import Qwen2Config, parse_config, read_json
+from qwen2x.exporters.rope import rope_facts
 from qwen2x.exporters.weights import kind_of
 from qwen2x.quantize.errors import BackendError, BundleError, ConfigError
 
@@ -100,14 +101,7 @@ def describe_mlx_folder(folder: Path) -> dict[str, Any]:
         "bits_per_weight": round(8 * stored / sum(part["parameters"] for part in matrices), 4),
         "by_kind": parts,
         "weight_bytes": sum(tensor.bytes for tensor in tensors.values()),
-        "rope": {
-            "theta": config.rope.theta,
-            "factors": [config.rope.factor],
-            "original_max_position_embeddings": config.rope.original_max_position_embeddings
-            or config.rope.max_position_embeddings,
-            "attention_factors": [config.rope.attention_factor],
-            "max_context": config.rope.max_positions,
-        },
+        "rope": rope_facts([config.rope], config.rope.max_positions, config.rope.factor),
         "inputs": [],
         "optional_inputs": [],
         "outputs": [],

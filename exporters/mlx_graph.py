@@ -5,6 +5,8 @@ Inputs, in this order
     positions   [S]                     int32   of the tokens, for the rotation
     offset      [1]                     int32   places that the cache holds already
     row         [1]                     int32   which of the S rows' logits are wanted
+    frequencies [D/2]                   float32 } of a YaRN factor, where there are several;
+    magnitude   [1]                     float32 } else both are in the graph
     buffers     [1, K, C, D] each       float   keys and values of layer 0, of layer 1, ...
 and by name every tensor of ``model*.safetensors``.
 
@@ -35,6 +37,8 @@ from qwen2x.exporters.mlx_model import DTYPES, FloatCache, Qwen2, Whole, build_m
 GRAPH_FILE = "decode.mlxfn"
 CHUNK = 128
 SMALLEST_CAPACITY = 256
+# Of the inputs, those before frequencies and magnitude.
+_PLACE_INPUTS = 4
 
 
 def capacities_of(max_context: int, chunk: int = CHUNK) -> list[int]:
@@ -52,6 +56,8 @@ def write_graph(
     quantization: Mapping[str, Any] | None,
     dtype: str,
     max_context: int,
+    *,
+    has_rope_inputs: bool = False,
 ) -> dict[str, Any]:
     """Traces the model on the default device and gives the facts that a runtime must match.
 
@@ -61,6 +67,7 @@ def write_graph(
         quantization: the folder's settings, None for floats.
         dtype: float type of activations and cache.
         max_context: positions that the largest trace must hold.
+        has_rope_inputs: take frequencies and magnitude instead of the config's own.
     """
     model = build_model(config, quantization, dtype)
     weights = dict(tree_flatten(model.parameters()))
@@ -70,9 +77,15 @@ def write_graph(
         "dtype": dtype,
         "chunk": CHUNK,
         "capacities": capacities_of(max_context),
+        "has_rope_inputs": has_rope_inputs,
     }
+    rope = [mx.zeros((config.head_dim // 2,)), mx.ones((1,))] if has_rope_inputs else []
 
     def run(*inputs: mx.array, **weights: mx.array) -> list[mx.array]:
+        if has_rope_inputs:
+            frequencies, magnitude = inputs[_PLACE_INPUTS : _PLACE_INPUTS + 2]
+            model.use_rope(frequencies, magnitude)
+            inputs = (*inputs[:_PLACE_INPUTS], *inputs[_PLACE_INPUTS + 2 :])
         return traced_step(model, inputs, weights)
 
     with mx.exporter(str(path), run, metadata=json.dumps(facts)) as exporter:
@@ -83,7 +96,7 @@ def write_graph(
                 ids = mx.zeros((1, count), mx.int32)
                 places = mx.arange(count, dtype=mx.int32)
                 zero = mx.zeros((1,), mx.int32)
-                exporter(ids, places, zero, zero, *buffers, **weights)
+                exporter(ids, places, zero, zero, *rope, *buffers, **weights)
     return facts
 
 

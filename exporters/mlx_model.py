@@ -253,8 +253,8 @@ class Qwen2(nn.Module):  # type: ignore[misc]
         self.model = Decoder(config)
         if not config.is_tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._frequencies = mx.array(config.rope.inverse_frequencies())
-        self._attention_factor = config.rope.attention_factor
+        rope = config.rope
+        self.use_rope(mx.array(rope.inverse_frequencies()), rope.attention_factor)
 
     def __call__(
         self,
@@ -291,6 +291,10 @@ class Qwen2(nn.Module):  # type: ignore[misc]
         head = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
         logits: mx.array = head(self.model.norm(kept))
         return logits.astype(mx.float32)
+
+    def use_rope(self, frequencies: mx.array, attention_factor: float | mx.array) -> None:
+        """Takes a YaRN factor's frequencies, float32 [D/2], and magnitude, from here on."""
+        self._frequencies, self._attention_factor = frequencies, attention_factor
 
     def angles(self, positions: mx.array) -> tuple[mx.array, mx.array]:
         """Cosines and sines of int32 [S] positions, float32 [S, D/2], times the YaRN magnitude.

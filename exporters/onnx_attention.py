@@ -2,18 +2,23 @@
 
 Fused: com.microsoft::GroupQueryAttention takes packed q|k|v, rotates inside, and appends to a cache
 that may be one buffer for past and present. Fused in 8 bits: the same with q and k rotated before,
-since the centres of rotated keys are taken out of them (``quantize/cache_ranges.py``). Standard:
+since the centres of rotated keys are taken out of them (``quantize/cache_ranges.py``); also where
+the kernel does not read the positions that choose a YaRN factor. Standard:
 RotaryEmbedding-23 and Attention-23, whose present is past and new keys concatenated.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from onnx import TensorProto
 
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
+from qwen2x.exporters.onnx_rope import RopeTables
 from qwen2x.exporters.onnx_target import Target
+from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.cache_ranges import CacheRanges
 from qwen2x.quantize.groups import Float
 
@@ -29,6 +34,7 @@ class AttentionBuilder:
         config: Qwen2Config,
         target: Target,
         *,
+        ropes: Sequence[Rope],
         max_context: int,
         cache_ranges: CacheRanges | None,
     ) -> None:
@@ -39,13 +45,18 @@ class AttentionBuilder:
         self._cache_ranges = cache_ranges
         for layer in range(config.num_hidden_layers):
             self._declare_cache(layer)
-        self._tables = self._rope_tables(max_context)
+        # The scales of codes are those of the plain model's keys.
+        has_codes = cache_ranges is not None
+        self._rope = RopeTables(graph, ropes, self._float, max_context, is_even=has_codes)
         if target.is_fused:
             self._last_key, self._total = self._sequence_lengths()
         else:
             self._mask = self._causal_mask()
-        if not target.is_fused or cache_ranges is not None:
-            self._rows = [self._gather_rope_rows(table) for table in self._tables]
+        is_chosen_unseen = len(ropes) > 1 and not target.reads_positions
+        self._rotates_before = not target.is_fused or has_codes or is_chosen_unseen
+        if self._rotates_before:
+            self._key_rows = self._rope.key_rows()
+            self._query_rows = self._rope.query_rows(self._key_rows)
 
     def attend(self, layer: int, packed: str) -> str:
         """The heads' output [batch, sequence, query_size] for q|k|v packed in one value."""
@@ -68,35 +79,6 @@ class AttentionBuilder:
 
     def _present(self, layer: int) -> list[str]:
         return [f"present.{layer}.key", f"present.{layer}.value"]
-
-    def _rope_tables(self, rows: int) -> tuple[str, str]:
-        """Cos and sin [rows, head_dim/2], from small constants that the session folds."""
-        graph, rope = self._graph, self._config.rope
-        graph.constant("/rope/start", np.array(0, np.int64))
-        graph.constant("/rope/rows", np.array(rows, np.int64))
-        graph.constant("/rope/step", np.array(1, np.int64))
-        graph.constant("/rope/last_axis", int64(1))
-        graph.constant("/rope/inv_freq", rope.inverse_frequencies()[None, :])
-        float32 = TensorProto.FLOAT
-        limits = ["/rope/start", "/rope/rows", "/rope/step"]
-        x = graph.op("/rope/Range", limits, TensorProto.INT64, (rows,))
-        x = graph.op("/rope/Cast", [x], float32, (rows,), to=float32)
-        x = graph.op("/rope/Unsqueeze", [x, "/rope/last_axis"], float32, (rows, 1))
-        shape: Shape = (rows, rope.head_dim // 2)
-        angles = graph.op("/rope/Mul", [x, "/rope/inv_freq"], float32, shape)
-        return self._wave("Cos", angles, shape), self._wave("Sin", angles, shape)
-
-    def _wave(self, function: str, angles: str, shape: Shape) -> str:
-        """The function of all angles times YaRN's attention factor, in the cache's float type."""
-        graph, factor = self._graph, self._config.rope.attention_factor
-        place = f"/rope/{function.lower()}"
-        table = graph.op(f"{place}/{function}", [angles], TensorProto.FLOAT, shape)
-        if factor != 1:
-            name = graph.constant("/rope/attention_factor", np.array(factor, np.float32))
-            table = graph.op(f"{place}/Mul", [table, name], TensorProto.FLOAT, shape)
-        if self._float != TensorProto.FLOAT:
-            table = graph.op(f"{place}/Cast", [table], self._float, shape, to=self._float)
-        return table
 
     def _sequence_lengths(self) -> tuple[str, str]:
         """Valid keys per row minus one, and the total length, as GroupQueryAttention wants them."""
@@ -138,25 +120,22 @@ class AttentionBuilder:
         )
         return graph.op("/mask/And", [causal, valid], boolean, (B, 1, S, T))
 
-    def _gather_rope_rows(self, table: str) -> str:
-        """The rows of this call's positions; Gather refuses a position beyond the table."""
-        place = table.rsplit("/", 2)[0]
-        shape: Shape = (B, S, self._config.head_dim // 2)
-        return self._graph.op(f"{place}/Gather", [table, "position_ids"], self._float, shape)
-
     def _fused(self, layer: int, place: str, packed: str) -> str:
-        config = self._config
+        config, rope = self._config, self._rope
         node = f"{place}/GroupQueryAttention"
+        new, rotation = [packed, "", ""], [*rope.tables, rope.positions]
+        if self._rotates_before:
+            new, rotation = list(self._rotated(place, packed).values()), []
         lengths = [self._last_key, self._total]
         self._graph.node(
             node,
-            [packed, "", "", *self._past(layer), *lengths, *self._tables, "position_ids"],
+            [*new, *self._past(layer), *lengths, *rotation],
             [f"{node}/output_0", *self._present(layer)],
             domain=MICROSOFT,
             num_heads=config.num_attention_heads,
             kv_num_heads=config.num_key_value_heads,
             scale=config.head_dim**-0.5,
-            do_rotary=1,
+            do_rotary=0 if self._rotates_before else 1,
             rotary_interleaved=0,
         )
         return self._graph.value(f"{node}/output_0", self._float, (B, S, config.query_size))
@@ -209,10 +188,11 @@ class AttentionBuilder:
         graph.node(f"{place}/Split", [packed, "/attention/widths"], list(names.values()), axis=-1)
         for part, width in widths.items():
             graph.value(names[part], self._float, (B, S, width))
+        rows = {"q": self._query_rows, "k": self._key_rows}
         for part, count in heads.items():
             names[part] = graph.op(
                 f"{place}/{part}/RotaryEmbedding",
-                [names[part], *self._rows],
+                [names[part], *rows[part]],
                 self._float,
                 (B, S, widths[part]),
                 num_heads=count,

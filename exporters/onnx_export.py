@@ -71,7 +71,9 @@ class OnnxPlan:
         onnx.save_model(model, staging / GRAPH_FILE)
         generation = read_json(staging / "generation_config.json") or {}
         recipe = self.recipe
-        genai = genai_config(recipe.config, recipe.target, recipe.max_context, generation)
+        # They know the first factor alone.
+        context = min(recipe.max_context, recipe.ropes[0].max_positions)
+        genai = genai_config(recipe.config, recipe.target, context, generation)
         write_json(staging / "config.json", recipe.config.raw)
         write_json(staging / "genai_config.json", genai)
         return {}
@@ -113,6 +115,7 @@ def plan_onnx(
         target=target,
         bit_plan=bit_plan,
         orders=orders,
+        ropes=options.ropes_of(config),
         max_context=options.context_of(config),
         cache_ranges=unknown_ranges(config) if has_int8_cache else None,
     )

@@ -6,6 +6,7 @@ Inputs
     position_ids                     [batch, sequence]                              int64
     past_key_values.{i}.{key,value}  [batch, key_value_heads, past, head_dim]       float or int8
     num_logits_to_keep (optional)    []  0: all rows, n: the last n                 int64
+    rope_index (optional)            [1 or batch]  which YaRN factor, if several    int64
 Outputs
     logits                           [batch, sequence (or kept), vocab_size]        float32
     present.{i}.{key,value}          [batch, key_value_heads, total, head_dim]      float or int8
@@ -28,6 +29,7 @@ from qwen2x.exporters.onnx_attention import AttentionBuilder, B, S, T
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
 from qwen2x.exporters.onnx_target import Target
 from qwen2x.exporters.onnx_weights import WeightLayout
+from qwen2x.exporters.rope import Rope
 from qwen2x.exporters.weights import Weight
 from qwen2x.quantize.cache_ranges import CacheRanges
 from qwen2x.quantize.plan import BitPlan
@@ -42,15 +44,17 @@ _TO_END = int(np.iinfo(np.int64).max)
 class Recipe:
     """Everything that decides a graph.
 
-    ``bit_plan`` gives every matrix its scheme. ``max_context`` is the number of positions that the
-    rotary table covers. ``orders`` are int32 [columns], by module path, of matrices that are stored
-    with their columns in that order. ``cache_ranges`` are the scales of a KV cache in 8 bits; None
-    is one in the float type.
+    ``bit_plan`` gives every matrix its scheme. ``ropes`` are one per YaRN factor, the first for who
+    does not choose. ``max_context`` is the number of positions that the rotary tables cover.
+    ``orders`` are int32 [columns], by module path, of matrices that are stored with their columns
+    in that order. ``cache_ranges`` are the scales of a KV cache in 8 bits; None is one in the float
+    type.
     """
 
     config: Qwen2Config
     target: Target
     bit_plan: BitPlan
+    ropes: tuple[Rope, ...]
     max_context: int
     orders: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
     cache_ranges: CacheRanges | None = None
@@ -91,6 +95,7 @@ class _Decoder:
             self.graph,
             recipe.config,
             recipe.target,
+            ropes=recipe.ropes,
             max_context=recipe.max_context,
             cache_ranges=recipe.cache_ranges,
         )

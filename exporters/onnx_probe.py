@@ -1,4 +1,4 @@
-"""A bundle's graph with the residual stream after every layer as outputs, to find where it parts.
+"""A bundle's graph changed to look into it: layers as outputs, or one rotary table alone.
 
 The graph alone is read, changed in memory and handed out as bytes; its weights stay on disk.
 """
@@ -20,6 +20,24 @@ _SUM = re.compile(
     r"/model/(?:layers\.(\d+)/input_layernorm|norm)"
     r"/(?:SkipSimplifiedLayerNormalization/output_3|Add/output_0)"
 )
+
+
+def plain_graph(path: Path) -> bytes:
+    """The graph with its first rotary table alone, as if there were no YaRN factor to choose.
+
+    Nodes that nothing needs any more are left to the session.
+    """
+    model = onnx.load_model(path, load_external_data=False)
+    plain = {"/rope/positions/Add/output_0": "position_ids"}
+    for node in model.graph.node:
+        if node.name in ("/rope/cos/Concat", "/rope/sin/Concat"):
+            plain[node.output[0]] = node.input[-1]
+        elif node.name.endswith("/query/Mul"):
+            plain[node.output[0]] = node.input[0]
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = plain.get(name, name)
+    return bytes(model.SerializeToString())
 
 
 def probed_graph(path: Path, layers: int) -> tuple[bytes, list[str]]:

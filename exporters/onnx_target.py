@@ -37,6 +37,9 @@ class Target:
         is_fused: GroupQueryAttention with rotary inside and a cache that may be shared, against
             the standard Attention operator with a cache that is concatenated.
         accuracy_level: MatMulNBits' compute type; 4 is int8 activations, which the CPU needs.
+        reads_positions: GroupQueryAttention rotates to position_ids. On CUDA, decoding rotates to the
+            number of cached tokens instead (``FlashDecoding`` in onnxruntime 1.31's
+            ``group_query_attention_impl.cu``), which are not rows of stacked tables.
         has_bias_in_matmul: MatMulNBits takes the q/k/v bias itself. CUDA's fast 4-bit kernel
             wants it outside.
     """
@@ -47,6 +50,7 @@ class Target:
     residual_type: int
     is_fused: bool
     accuracy_level: int
+    reads_positions: bool
     has_bias_in_matmul: bool
 
     @property
@@ -67,6 +71,7 @@ def _row(device: str, dtype: str, **changes: Any) -> Target:
         "residual_type": TensorProto.FLOAT if dtype == "float16" else element,
         "is_fused": True,
         "accuracy_level": 4 if device == "cpu" else 0,
+        "reads_positions": device == "cpu",
         "has_bias_in_matmul": device == "cpu",
     }
     return Target(device=device, dtype=dtype, **(values | changes))

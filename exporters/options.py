@@ -6,8 +6,10 @@ import hashlib
 import importlib.metadata
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.errors import BackendError, ConfigError, SchemeError
 from qwen2x.quantize.plan import BitPlan, units_of
 from qwen2x.quantize.scheme import Scheme
@@ -16,6 +18,7 @@ TARGETS = ("onnx", "mlx")
 # For all layers alike. Plans use 6 as well.
 BITS = (4, 8)
 DEFAULT_GROUP_SIZE = 32
+LARGEST_FACTOR = 256
 # auto: gptq for 4 bits and for budgets, else rtn.
 METHODS = ("auto", "rtn", "gptq")
 PREFERENCES = ("quality", "speed")
@@ -49,6 +52,8 @@ class Options:
         kv_bits: 8 builds an ONNX graph whose KV cache holds codes of 8 bits; None is its float
             type. An MLX folder's cache is chosen when it runs.
         max_context: positions to prepare for; None is all that the model can.
+        yarn: YaRN factors, rising, 1 first if there are several; None is the checkpoint's own.
+        original_context: positions that the model was trained with, where its config is silent.
         graph: also trace an MLX folder's forward pass into ``decode.mlxfn``, which needs mlx.
     """
 
@@ -65,6 +70,8 @@ class Options:
     calibration: str | None = None
     kv_bits: int | None = None
     max_context: int | None = None
+    yarn: tuple[float, ...] | None = None
+    original_context: int | None = None
     graph: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +85,7 @@ class Options:
         self._require_sound_budget()
         self._require_sound_preference()
         self._require_kv_bits()
+        self._require_factors()
         if self.calibration is not None and not self.reads_text:
             raise SchemeError(
                 "--calibration is for --bits 4, --method gptq, budgets and --kv-bits; add one, or "
@@ -85,6 +93,22 @@ class Options:
             )
         if self.graph and self.target != "mlx":
             raise BackendError("--graph is for --to mlx; an ONNX bundle is a graph: leave it out")
+
+    def _require_factors(self) -> None:
+        if self.yarn is None:
+            return
+        factors = ",".join(f"{factor:g}" for factor in self.yarn)
+        is_sound = all(1 <= factor <= LARGEST_FACTOR for factor in self.yarn)
+        rises = all(low < high for low, high in pairwise(self.yarn))
+        if not self.yarn or not is_sound or not rises:
+            raise ConfigError(
+                f"YaRN factors must rise within 1..{LARGEST_FACTOR}, such as 1,2,4; got {factors!r}"
+            )
+        if len(self.yarn) > 1 and self.yarn[0] != 1:
+            raise ConfigError(
+                f"several YaRN factors need 1 among them, for short prompts and other runtimes; "
+                f"got {factors}, expected 1,{factors} or one factor"
+            )
 
     def _require_sound_budget(self) -> None:
         budgets = {"--bits-per-weight": self.bits_per_weight, "--max-bytes": self.max_bytes}
@@ -203,16 +227,31 @@ class Options:
             return self.scheme
         return Scheme(bits=8, group_size=64)
 
+    def ropes_of(self, config: Qwen2Config) -> tuple[Rope, ...]:
+        """One per YaRN factor; the first is what other runtimes get.
+
+        Raises:
+            ConfigError: a factor that this model cannot have.
+        """
+        if self.yarn is None:
+            return (config.rope,)
+        return tuple(config.rope.with_factor(factor) for factor in self.yarn)
+
     def context_of(self, config: Qwen2Config) -> int:
         """Positions to prepare for.
 
         Raises:
             ConfigError: more than the model can be used for.
         """
-        reach = config.rope.max_positions
+        ropes = self.ropes_of(config)
+        reach = max(rope.max_positions for rope in ropes)
         wanted = reach if self.max_context is None else self.max_context
         if not 1 <= wanted <= reach:
-            raise ConfigError(f"--max-context must be in 1..{reach} for this model, got {wanted}")
+            factors = ",".join(f"{rope.factor:g}" for rope in ropes)
+            raise ConfigError(
+                f"--max-context must be in 1..{reach} for this model with --yarn {factors}, got "
+                f"{wanted}; choose fewer positions, or a larger factor"
+            )
         return wanted
 
     @property

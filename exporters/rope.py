@@ -1,20 +1,21 @@
 """Rotary positions: how a config spells them, and the frequencies that follow, YaRN included.
 
 The numbers are those of transformers 5 (``modeling_rope_utils.py``: ``_compute_yarn_parameters``),
-computed in the same order and the same float32 steps, so that angles agree at long positions too.
-YaRN is https://arxiv.org/abs/2309.00071.
+computed in the same order and the same float32 steps, so that angles agree at long positions too:
+bit for bit for head sizes of 64 and 128. YaRN is https://arxiv.org/abs/2309.00071.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen2x.exporters.float32_power import float32_power
 from qwen2x.quantize.errors import ConfigError
 
 DEFAULT_THETA = 10_000.0
@@ -29,7 +30,10 @@ _KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary embedding of one model. ``factor`` 1 with ``is_yarn`` false is the plain one."""
+    """Rotary embedding of one model. ``factor`` 1 with ``is_yarn`` false is the plain one.
+
+    ``original_max_position_embeddings`` 0 is what the config does not say.
+    """
 
     theta: float
     head_dim: int
@@ -50,11 +54,39 @@ class Rope:
         reach = math.ceil(self.factor * self.original_max_position_embeddings)
         return max(self.max_position_embeddings, reach)
 
+    @property
+    def native_positions(self) -> int:
+        """Positions that the model was trained with, which YaRN stretches."""
+        return self.original_max_position_embeddings or self.max_position_embeddings
+
+    def with_factor(self, factor: float) -> Rope:
+        """The same model with another YaRN factor, 1 for none.
+
+        Raises:
+            ConfigError: what this factor stretches, or what its attention factor is, is not known.
+        """
+        if self.is_yarn and factor == self.factor:
+            return self
+        native = self.native_positions
+        if factor == 1:
+            return replace(self, is_yarn=False, factor=1.0, attention_factor=1.0,
+                           max_position_embeddings=native)  # fmt: skip
+        if not self.original_max_position_embeddings and native > NATIVE_POSITIONS:
+            raise _unknown_length(native)
+        if self.is_yarn and self.attention_factor != _magnitude(self.factor):
+            raise ConfigError(
+                f"the rope settings give YaRN factor {self.factor:g} an attention factor of its "
+                f"own ({self.attention_factor:g}), which says nothing of factor {factor:g}; "
+                f"expected --yarn 1,{self.factor:g} or one of both"
+            )
+        return replace(self, is_yarn=True, factor=float(factor), max_position_embeddings=native,
+                       original_max_position_embeddings=native,
+                       attention_factor=_magnitude(factor))  # fmt: skip
+
     def inverse_frequencies(self) -> NDArray[np.float32]:
         """Radians per position, float32 [head_dim / 2]."""
         exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        # Correctly rounded powers: within 1 ulp of PyTorch's vectorised float32 power.
-        powers = (np.float64(self.theta) ** exponents.astype(np.float64)).astype(np.float32)
+        powers = float32_power(self.theta, exponents)
         plain: NDArray[np.float32] = np.float32(1) / powers
         if not self.is_yarn:
             return plain
@@ -81,8 +113,31 @@ class Rope:
         return self.head_dim * math.log(length) / (2 * math.log(self.theta))
 
 
-def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
+def rope_facts(ropes: Sequence[Rope], max_context: int, default_factor: float) -> dict[str, Any]:
+    """The manifest's ``rope``: one entry per YaRN factor in its lists.
+
+    The default factor is the one that other programs run.
+    """
+    return {
+        "theta": ropes[0].theta,
+        "factors": [rope.factor for rope in ropes],
+        "contexts": [min(max_context, rope.max_positions) for rope in ropes],
+        "default_factor": default_factor,
+        "original_max_position_embeddings": ropes[0].native_positions,
+        "attention_factors": [rope.attention_factor for rope in ropes],
+        "max_context": max_context,
+    }
+
+
+def read_rope(
+    config: Mapping[str, Any], head_dim: int, original_context: int | None = None
+) -> Rope:
     """The rotary embedding that a Hugging Face config describes, in any of its three spellings.
+
+    Args:
+        config: ``config.json``.
+        head_dim: of the model.
+        original_context: positions that it was trained with, where the config does not say so.
 
     Raises:
         ConfigError: unknown type or key, two spellings that contradict, values out of range.
@@ -103,9 +158,34 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
         raise ConfigError(
             f"partial_rotary_factor must be 1 for Qwen2, got {settings['partial_rotary_factor']}"
         )
+    original = _original_positions(settings, positions, original_context)
     if kind == "default":
-        return Rope(theta=theta, head_dim=head_dim, max_position_embeddings=positions)
-    return _read_yarn(settings, theta, head_dim, positions)
+        # A length that only the config names belongs to no stretching.
+        original = original if original_context else None
+        return Rope(theta=theta, head_dim=head_dim, max_position_embeddings=positions,
+                    original_max_position_embeddings=original or 0)  # fmt: skip
+    if original is None and positions > NATIVE_POSITIONS:
+        raise _unknown_length(positions)
+    return _read_yarn(settings, theta, head_dim, positions, original or positions)
+
+
+def _original_positions(
+    settings: Mapping[str, Any], positions: int, given: int | None
+) -> int | None:
+    """What the settings or the user say; None where both are silent."""
+    key = "original_max_position_embeddings"
+    if given is None:
+        return None if settings.get(key) is None else _positions(settings, key, positions)
+    if settings.get(key) not in (None, given):
+        raise ConfigError(
+            f"--original-context is {given}, but the rope settings of config.json say {key} "
+            f"{settings[key]!r}; leave the option out"
+        )
+    if not 1 <= given <= positions:
+        raise ConfigError(
+            f"--original-context must be in 1..{positions} (max_position_embeddings), got {given}"
+        )
+    return given
 
 
 def _merge_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,15 +229,18 @@ def _kind(settings: Mapping[str, Any]) -> str:
     return kind
 
 
-def _read_yarn(settings: Mapping[str, Any], theta: float, head_dim: int, positions: int) -> Rope:
-    given = settings.get("original_max_position_embeddings")
-    if given is None and positions > NATIVE_POSITIONS:
-        raise ConfigError(
-            "yarn needs original_max_position_embeddings (32768 for Qwen2): "
-            f"max_position_embeddings is {positions}, which is not what the model was "
-            "trained with; add it to the rope settings"
-        )
-    original = _positions(settings, "original_max_position_embeddings", positions)
+def _unknown_length(positions: int) -> ConfigError:
+    return ConfigError(
+        "YaRN needs original_max_position_embeddings, the length that the model was trained with: "
+        f"max_position_embeddings is {positions}, expected at most {NATIVE_POSITIONS} without it; "
+        f'add "original_max_position_embeddings": {NATIVE_POSITIONS} to the rope settings in '
+        f"config.json, or export with --original-context {NATIVE_POSITIONS}"
+    )
+
+
+def _read_yarn(
+    settings: Mapping[str, Any], theta: float, head_dim: int, positions: int, original: int
+) -> Rope:
     if "factor" not in settings:
         raise ConfigError('yarn needs a factor, got none; add "factor" to the rope settings')
     factor = _number(settings, "factor", positions / original)
@@ -183,13 +266,14 @@ def _attention_factor(settings: Mapping[str, Any], factor: float) -> float:
     if settings.get("attention_factor") is not None:
         return _number(settings, "attention_factor", 1.0)
 
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
     if settings.get("mscale") and settings.get("mscale_all_dim"):
         above, below = _number(settings, "mscale", 1), _number(settings, "mscale_all_dim", 1)
-        return magnitude(above) / magnitude(below)
-    return magnitude(1.0)
+        return _magnitude(factor, above) / _magnitude(factor, below)
+    return _magnitude(factor)
+
+
+def _magnitude(factor: float, weight: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _positions(settings: Mapping[str, Any], key: str, default: int) -> int:

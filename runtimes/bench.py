@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from qwen2x.quantize.errors import RequestError
+from qwen2x.runtimes.rope_choice import Yarn, choose_rope
 from qwen2x.runtimes.runtime import Runtime, SamplesAhead
 from qwen2x.runtimes.sampler import Sampler, Sampling
 
@@ -28,6 +29,8 @@ def bench(
     new_tokens: int,
     repeat: int,
     on_run: Callable[[int, Speed], None] = lambda run, speed: None,
+    *,
+    yarn: Yarn = "auto",
 ) -> Speed:
     """Greedy answers to a prompt cut from a text, repeated where it is too short.
 
@@ -38,6 +41,7 @@ def bench(
         new_tokens: length of the answer; its first token belongs to the prefill.
         repeat: runs that count; one more before them warms up.
         on_run: told the number of every run, 0 for the one that warms up, and its speed.
+        yarn: the factor, see ``choose_rope``.
 
     Raises:
         RequestError: the lengths do not fit the context, or there is nothing to measure.
@@ -47,11 +51,7 @@ def bench(
             "expected a text, prompt tokens and repeats of 1 or more, and new tokens of 2 or more, "
             f"got {len(text_ids)}, {prompt_tokens}, {repeat} and {new_tokens}"
         )
-    if prompt_tokens + new_tokens > runtime.max_context:
-        raise RequestError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit the context of "
-            f"{runtime.max_context}; ask for fewer"
-        )
+    runtime.use_rope(choose_rope(runtime, prompt_tokens, new_tokens, yarn).factor)
     copies = -(-prompt_tokens // len(text_ids))
     prompt = (list(text_ids) * copies)[:prompt_tokens]
     runs = []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
+from qwen2x.runtimes.rope_choice import Yarn, choose_rope
 from qwen2x.runtimes.runtime import Runtime, SamplesAhead, integers
 from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
 from qwen2x.runtimes.tokenizer import StopFilter, Tokenizer
@@ -90,6 +91,8 @@ def _read_generation(path: Path) -> dict[str, Any]:
 class Generation:
     """One answer: iterate over it, once, for its pieces; its facts are there when it ends.
 
+    ``rope_factor`` is the YaRN factor for all of its tokens, None the one in use. A prompt that was
+    in the cache with another factor is read once more; ``prefilled_again`` counts those tokens.
     ``prefill_s`` is the time that the first token took, ``decode_s`` what the others were waited
     for: a runtime that samples ahead works on while their text is used.
     """
@@ -100,9 +103,11 @@ class Generation:
     max_tokens: int
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    rope_factor: float | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
+    prefilled_again: int = 0
     finish_reason: FinishReason | None = None
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -158,6 +163,9 @@ class Generation:
         """Token after token, each chosen from the logits behind the one before."""
         runtime = self.runtime
         shared = _common_prefix(runtime.cached_ids, self.prompt_ids)
+        if self.rope_factor not in (None, runtime.rope_factor):
+            self.prefilled_again, shared = shared, 0
+            runtime.use_rope(self.rope_factor)
         # The last token is run in any case: nothing else gives its logits.
         self.cached_tokens = min(shared, len(self.prompt_ids) - 1)
         runtime.truncate(self.cached_tokens)
@@ -188,42 +196,41 @@ def generate(
     system: str | None = None,
     raw: bool = False,
     ignore_eos: bool = False,
+    yarn: Yarn = "auto",
 ) -> Generation:
     """Answers a prompt.
 
     Args:
         runtime: what ``open_runtime`` gave. Tokens that its cache shares with the prompt are kept.
         prompt: a text, a conversation, or token ids (which are taken as they are).
-        max_tokens: new tokens at most; by default what the checkpoint says, or the context's rest.
+        max_tokens: new tokens at most; by default what the checkpoint says, or the rest of the
+            context that goes with the prompt (see ``choose_rope``).
         sampling: by default the checkpoint's ``generation_config.json``.
         stop: one or several strings that end the text and do not appear in it.
         system: the system message, with a text prompt and without raw.
         raw: continue the text, without the chat template.
         ignore_eos: go on to the limit, for measurements.
+        yarn: ``auto`` takes the smallest factor of the bundle that reaches over prompt and answer;
+            a number takes that one.
 
     Raises:
-        RequestError: an empty prompt, one longer than the context, or settings out of range.
+        RequestError: an empty prompt, one that does not fit the context with its answer, a factor
+            that is not there, or settings out of range.
     """
     files = read_text_files(runtime.folder)
     prompt_ids = _prompt_ids(files, prompt, system, raw)
-    room = runtime.max_context - len(prompt_ids)
-    if room < 1:
-        raise RequestError(
-            f"the prompt has {len(prompt_ids)} tokens, the context {runtime.max_context} with at "
-            "least one for the answer; shorten the prompt"
-        )
     limit = files.generation.get("max_new_tokens") if max_tokens is None else max_tokens
-    if limit is None:
-        limit = room
-    elif isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise RequestError(f"max tokens must be an integer of 1 or more, got {limit!r}")
+    chosen = choose_rope(runtime, len(prompt_ids), max_tokens, yarn)
     return Generation(
         runtime=runtime,
         prompt_ids=prompt_ids,
         sampling=sampling or read_sampling(files.generation),
-        max_tokens=min(limit, room),
+        max_tokens=chosen.max_tokens if limit is None else min(limit, chosen.max_tokens),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=ignore_eos,
+        rope_factor=chosen.factor,
     )
 
 

@@ -38,7 +38,9 @@ class MlxGraphRuntime(CacheBookkeeping):
         facts = _require_fit(bundle, self.device)
         self.dtype = bundle.dtype
         self.vocab_size = bundle.vocab_size
-        self.max_context = bundle.max_context
+        self._ropes = bundle.ropes
+        self._has_rope_inputs = bool(facts.get("has_rope_inputs"))
+        self._offer_ropes(bundle.rope_contexts, bundle.own_factor)
         self.eos_token_ids = bundle.eos_token_ids
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight
@@ -47,6 +49,7 @@ class MlxGraphRuntime(CacheBookkeeping):
         with mx.stream(self._mx_device):
             self._function: Any = _import(bundle)
             self._weights = _load(bundle)
+        self._apply_rope()
         self._buffers: list[mx.array] = []
 
     def logits(
@@ -91,6 +94,16 @@ class MlxGraphRuntime(CacheBookkeeping):
             self._buffers = []
             mx.clear_cache()
 
+    def _apply_rope(self) -> None:
+        """Early bundles, and those of one factor, have its numbers in the graph."""
+        self._rope_inputs: list[mx.array] = []
+        if self._has_rope_inputs:
+            rope = self._ropes[self.rope_factor]
+            magnitude = np.array([rope.attention_factor], np.float32)
+            with mx.stream(self._mx_device):
+                parts = rope.inverse_frequencies(), magnitude
+                self._rope_inputs = [mx.array(part) for part in parts]
+
     def _advance(self, token_ids: TokenIds, offset: int) -> Logits:
         return self._step(token_ids, offset, offset, self._buffers)
 
@@ -109,6 +122,7 @@ class MlxGraphRuntime(CacheBookkeeping):
                 mx.arange(position, position + traced, dtype=mx.int32),
                 mx.array([offset], mx.int32),
                 mx.array([count - 1], mx.int32),
+                *self._rope_inputs,
             )
             # The list lets go of the old buffers before anything runs: MLX writes in place only
             # where nobody else holds an array.

@@ -55,7 +55,8 @@ class MlxRuntime(CacheBookkeeping):
         self.device = choose_device(device)
         self.dtype = bundle.dtype
         self.vocab_size = bundle.vocab_size
-        self.max_context = bundle.max_context
+        self._ropes = bundle.ropes
+        self._offer_ropes(bundle.rope_contexts, bundle.own_factor)
         self.eos_token_ids = bundle.eos_token_ids
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight
@@ -73,6 +74,7 @@ class MlxRuntime(CacheBookkeeping):
             if kv_bits is not None:
                 biases, angles = take_key_biases(self._model), self._model.angles
                 self._make_buffers = partial(Int8Buffers, layout, biases, angles)
+        self._apply_rope()
         self._buffers: Buffers = self._make_buffers()
 
     def logits(
@@ -153,6 +155,13 @@ class MlxRuntime(CacheBookkeeping):
         self._buffers.clear()
         self._buffers = Buffers(self._buffers.layout)
         self._model = self._compiled = self._make_buffers = None
+
+    def _apply_rope(self) -> None:
+        rope = self._ropes[self.rope_factor]
+        with mx.stream(self._mx_device):
+            self._model.use_rope(mx.array(rope.inverse_frequencies()), rope.attention_factor)
+        # Its traces hold the old frequencies.
+        self._compiled = None
 
     def _reserve(self, length: int) -> None:
         with mx.stream(self._mx_device):

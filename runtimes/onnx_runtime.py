@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from qwen2x.exporters.bundle import Bundle
-from qwen2x.exporters.onnx_probe import probed_graph
+from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
@@ -44,7 +44,7 @@ class OnnxRuntime(CacheBookkeeping):
         self.device = _choose_device(bundle, device)
         self.dtype = bundle.dtype
         self.vocab_size = bundle.vocab_size
-        self.max_context = bundle.max_context
+        self._offer_ropes(bundle.rope_contexts, bundle.own_factor)
         self.eos_token_ids = bundle.eos_token_ids
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight
@@ -75,11 +75,21 @@ class OnnxRuntime(CacheBookkeeping):
         rows = np.empty((batch, sequence, self.vocab_size), np.float32)
         for start, stop in zip(starts, [*starts[1:], sequence], strict=True):
             ids = token_ids[:, start:stop]
-            inputs = _inputs(ids, mask[:, :stop], np.broadcast_to(places[start:stop], ids.shape), 0)
+            columns = np.broadcast_to(places[start:stop], ids.shape)
+            inputs = self._inputs(ids, mask[:, :stop], columns, 0)
             binding = self._session.io_binding()
             self._run_bound(binding, inputs, rows[:, start:stop], cache, start, stop)
             cache.collect(binding)
         return rows
+
+    def plain_logits(self, token_ids: TokenIds) -> Logits:
+        """See ``GivesPlainLogits``; another session takes this one's place for it."""
+        graph, chosen = plain_graph(self.folder / GRAPH_FILE), self._session
+        self._session = _open_session(self.bundle, self.device, None, graph)
+        try:
+            return self.logits(token_ids)
+        finally:
+            self._session = chosen
 
     def hidden_states(self, token_ids: TokenIds) -> Hidden:
         """See ``GivesHiddenStates``; a second session is opened for it, and closed."""
@@ -89,7 +99,7 @@ class OnnxRuntime(CacheBookkeeping):
         session = _open_session(self.bundle, self.device, None, graph)
         binding = session.io_binding()
         mask = np.ones_like(token_ids)
-        inputs = _inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
+        inputs = self._inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name in names:
@@ -122,11 +132,28 @@ class OnnxRuntime(CacheBookkeeping):
             self._mask = np.ones((1, 2 * total), np.int64)
         positions = np.arange(past, total)[None]
         rows = np.empty((1, keep, self.vocab_size), np.float32)
-        inputs = _inputs(token_ids, self._mask[:, :total], positions, keep)
+        inputs = self._inputs(token_ids, self._mask[:, :total], positions, keep)
         self._run_bound(self._binding, inputs, rows, self._cache, past, total)
         self._cache.collect(self._binding)
         kept: Logits = rows[0]
         return kept
+
+    def _inputs(
+        self, token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int
+    ) -> dict[str, Any]:
+        # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
+        values = {
+            "input_ids": token_ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "num_logits_to_keep": keep,
+        }
+        if len(self.rope_contexts) > 1:
+            values["rope_index"] = np.array([list(self.rope_contexts).index(self.rope_factor)])
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
+            for name, value in values.items()
+        }
 
     def _run_bound(
         self,
@@ -153,20 +180,6 @@ class OnnxRuntime(CacheBookkeeping):
         if length == 0:
             # The binding holds references to the old buffers.
             self._binding = self._session.io_binding()
-
-
-def _inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:
-    # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
-    values = {
-        "input_ids": token_ids,
-        "attention_mask": mask,
-        "position_ids": positions,
-        "num_logits_to_keep": keep,
-    }
-    return {
-        name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
-        for name, value in values.items()
-    }
 
 
 def available_devices() -> list[str]:

@@ -6,7 +6,7 @@ import importlib
 import operator
 import platform
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, cast, runtime_checkable
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from qwen2x.exporters.bundle import is_bundle, open_bundle
 from qwen2x.quantize.errors import BackendError, RequestError
+from qwen2x.runtimes.backends import import_backend
+from qwen2x.runtimes.ropes import OffersRopes, factor_refused
 from qwen2x.runtimes.sampler import Sampling
 
 Logits = NDArray[np.float32]
@@ -32,6 +34,7 @@ class Runtime(Protocol):
         dtype: float type of activations and cache.
         vocab_size: columns of the logits; the tokenizer may know fewer.
         max_context: positions that the model can be used for.
+        rope_factor: the YaRN factor in use, 1 for none: the checkpoint's own until ``use_rope``.
         eos_token_ids: tokens that end a text.
         cached_ids: the tokens whose keys and values are in the cache.
         weight_bytes, bits_per_weight: of the weights as this runtime reads them.
@@ -43,6 +46,7 @@ class Runtime(Protocol):
     dtype: str
     vocab_size: int
     max_context: int
+    rope_factor: float
     eos_token_ids: tuple[int, ...]
     cached_ids: list[int]
     weight_bytes: int
@@ -51,6 +55,20 @@ class Runtime(Protocol):
     @property
     def cache_length(self) -> int:
         """Positions in the cache."""
+        ...
+
+    @property
+    def rope_contexts(self) -> Mapping[float, int]:
+        """Positions that each YaRN factor reaches, by factor, rising."""
+        ...
+
+    @property
+    def rope_context(self) -> int:
+        """Positions that the factor in use reaches."""
+        ...
+
+    def use_rope(self, factor: float) -> None:
+        """Takes another factor from here on, and empties the cache if it was another."""
         ...
 
     def append(self, token_ids: Sequence[int], keep: int = 1) -> Logits:
@@ -149,6 +167,8 @@ def open_runtime(
     graph: bool = False,
     kv_bits: int | None = None,
     record: bool = False,
+    yarn: Sequence[float] = (),
+    original_context: int | None = None,
 ) -> Runtime:
     """Opens a bundle, or with ``backend="torch"`` a Hugging Face folder.
 
@@ -164,6 +184,9 @@ def open_runtime(
         kv_bits: 8 keeps the KV cache of an MLX folder in 8 bits; by default it holds floats. An
             ONNX bundle has the cache that it was exported with, and 8 requires one in 8 bits.
         record: record what an ONNX graph does, node by node, for ``profile``; others cannot.
+        yarn: factors that there must be to choose from. PyTorch takes any beside the checkpoint's
+            own, a bundle has those that it was exported with.
+        original_context: positions that a checkpoint was trained with, where its config is silent.
 
     Raises:
         BundleError: a damaged or unfit bundle.
@@ -176,7 +199,9 @@ def open_runtime(
         raise BackendError(f"backend must be 'onnx', 'mlx' or 'torch', got {backend!r}")
     if backend == "torch" or (backend is None and not is_bundle(folder) and _is_source(folder)):
         _require_kv_bits(kv_bits, "torch")
-        return _open_torch(folder, device, threads)
+        return _open_torch(
+            folder, device=device, threads=threads, yarn=yarn, original_context=original_context
+        )
     bundle = open_bundle(folder, verify=verify)
     if backend not in (None, bundle.target):
         raise BackendError(
@@ -187,13 +212,16 @@ def open_runtime(
         raise BackendError(
             f"{folder} is made for {bundle.target}, which is a graph anyway; leave out --graph"
         )
+    for factor in yarn:
+        if factor not in bundle.rope_contexts:
+            raise factor_refused(factor, bundle.rope_contexts)
     _require_kv_bits(kv_bits, "a graph" if graph else bundle.target)
     if kv_bits is not None and bundle.target == "onnx" and bundle.cache["dtype"] != "int8":
         raise BackendError(
             f"{folder} was exported with a KV cache in {bundle.cache['dtype']}, expected int8; "
             "export it again with --kv-bits 8, or leave it out here"
         )
-    module = _import_backend(bundle.target)
+    module = import_backend(bundle.target)
     opened: Runtime
     if graph:
         module = importlib.import_module("qwen2x.runtimes.mlx_graph_runtime")
@@ -207,13 +235,13 @@ def open_runtime(
     return opened
 
 
-def _open_torch(folder: Path, device: str, threads: int | None) -> Runtime:
+def _open_torch(folder: Path, **options: Any) -> Runtime:
     if is_bundle(folder):
         raise BackendError(
             f"{folder} is a bundle, which torch cannot run; give the checkpoint it was made of"
         )
-    module = _import_backend("torch")
-    return cast(Runtime, module.TorchRuntime(folder, device=device, threads=threads))
+    module = import_backend("torch")
+    return cast(Runtime, module.TorchRuntime(folder, **options))
 
 
 def default_backend() -> str:
@@ -222,18 +250,18 @@ def default_backend() -> str:
     return "mlx" if is_apple_silicon else "onnx"
 
 
-class CacheBookkeeping:
+class CacheBookkeeping(OffersRopes):
     """What every runtime with one cache does alike: checks, chunks, and which tokens are in it.
 
     A subclass implements ``_run`` (append a chunk, give the logits of its last rows) and
     ``_truncate_cache``; it may implement ``_reserve`` (make room before the first chunk).
     """
 
-    max_context: int
     vocab_size: int
     prefill_chunk: int = DEFAULT_CHUNK
 
     def __init__(self) -> None:
+        super().__init__()
         self.cached_ids: list[int] = []
 
     @property
@@ -313,9 +341,10 @@ class CacheBookkeeping:
         self._require_room(self.cache_length + len(token_ids))
 
     def _require_room(self, needed: int) -> None:
-        if needed > self.max_context:
+        if needed > self.rope_context:
             raise RequestError(
-                f"{needed} positions are needed, the context has {self.max_context}; "
+                f"{needed} positions are needed, the context has "
+                f"{self.rope_context}{self.with_factor}; "
                 "shorten the prompt"
             )
 
@@ -343,10 +372,10 @@ class CacheBookkeeping:
         places = np.array(integers(range(sequence) if positions is None else positions), np.int64)
         if len(places) != sequence or (np.diff(places) < 1).any():
             raise RequestError(f"expected {sequence} rising positions, got {places.tolist()!r:.80}")
-        if places[0] < 0 or places[-1] >= self.max_context:
+        if places[0] < 0 or places[-1] >= self.rope_context:
             raise RequestError(
                 f"positions {places[0]}..{places[-1]} are needed, the "
-                f"context has 0..{self.max_context - 1}; shorten the rows"
+                f"context has 0..{self.rope_context - 1}{self.with_factor}; shorten the rows"
             )
         return taken, places
 
@@ -376,37 +405,3 @@ def _require_kv_bits(kv_bits: int | None, backend: str) -> None:
 
 def _is_source(folder: Path) -> bool:
     return (folder / "config.json").is_file()
-
-
-# By backend: its module, the libraries that may be missing, and the extra that has them.
-_BACKENDS = {
-    "onnx": ("qwen2x.runtimes.onnx_runtime", ("onnxruntime",), "cpu"),
-    "mlx": ("qwen2x.runtimes.mlx_runtime", ("mlx", "libmlx"), "mlx"),
-    "torch": ("qwen2x.runtimes.torch_runtime", ("torch", "transformers"), "torch"),
-}
-
-
-def _import_backend(backend: str) -> Any:
-    module, libraries, extra = _BACKENDS[backend]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        # MLX without its core fails as a shared library that is not found, which has no name.
-        missing = (error.name or str(error)).split(".")[0]
-        if missing not in libraries:
-            raise
-        raise BackendError(
-            f"{missing} is not installed; expected by this backend: "
-            f'pip install "qwen2x[{extra}]"{_where(backend)}'
-        ) from None
-
-
-def _where(backend: str) -> str:
-    """What else to know of an extra on this platform."""
-    if backend != "mlx":
-        return ""
-    if sys.platform == "linux":
-        return ', or for an NVIDIA GPU "mlx[cuda13]"'
-    if sys.platform == "darwin":
-        return "" if platform.machine() == "arm64" else " on a Mac with Apple silicon"
-    return " on macOS or Linux; here, export with --to onnx"

@@ -17,6 +17,7 @@ from qwen2x.quantize.errors import BackendError, CheckpointError
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
 from qwen2x.runtimes.torch_packed import load_packed
+from qwen2x.runtimes.torch_rope import TorchRopes
 
 
 class TorchRuntime(CacheBookkeeping):
@@ -29,7 +30,15 @@ class TorchRuntime(CacheBookkeeping):
     backend = "torch"
     dtype = "float32"
 
-    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        yarn: Sequence[float] = (),
+        original_context: int | None = None,
+    ) -> None:
         super().__init__()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +53,11 @@ class TorchRuntime(CacheBookkeeping):
         self._model: Any = _load(folder).to(device).eval()
         config, generation = self._model.config, self._model.generation_config
         self.vocab_size = int(config.vocab_size)
-        self.max_context = _max_context(config)
+        ropes = TorchRopes(config, original_context)
+        factors = sorted({ropes.factor, *yarn})
+        self._rotary = {factor: ropes.embedding(factor).to(device) for factor in factors}
+        self._offer_ropes({factor: ropes.context(factor) for factor in factors}, ropes.factor)
+        self._apply_rope()
         eos = generation.eos_token_id
         eos = config.eos_token_id if eos is None else eos
         self.eos_token_ids = tuple(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -97,6 +110,9 @@ class TorchRuntime(CacheBookkeeping):
         """Gives model and cache back."""
         self._model = None
         self._cache = None
+
+    def _apply_rope(self) -> None:
+        self._model.model.rotary_emb = self._rotary[self.rope_factor]
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         try:
@@ -159,10 +175,3 @@ def _quantization(path: Path) -> dict[str, Any] | None:
 def _to_numpy(tensor: Any) -> Logits:
     array: Logits = tensor.float().cpu().numpy()
     return array
-
-
-def _max_context(config: Any) -> int:
-    """YaRN reaches factor times the original length, whatever max_position_embeddings says."""
-    rope = config.rope_parameters or {}
-    reach = (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0)
-    return max(int(config.max_position_embeddings), int(reach))

@@ -91,7 +91,7 @@ def validate(
     window: int = 512,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Report:
-    """Runs the same tokens through both and checks the figures.
+    """Runs the same tokens through both, with the factors in use, and checks the figures.
 
     Args:
         candidate: the bundle's runtime.
@@ -105,18 +105,16 @@ def validate(
     Raises:
         RequestError: a text too short, or values out of range.
     """
-    windows = windows_of(token_ids, tokens, min(window, candidate.max_context))
+    windows = windows_of(token_ids, tokens, min(window, candidate.rope_context))
     on_step("logits")
     difference = compare(reference, candidate, windows)
     checks = _limits(difference, tolerance)
-    probe = list(token_ids[: min(_PROBE, candidate.max_context)])
-    whole = _whole(candidate, probe)
-    for name, way in (
-        ("cache_equals_prefill", _by_cache),
-        ("chunked_equals_whole", _by_chunks),
-    ):
-        on_step(name)
-        checks.append(_same(name, whole, way(candidate, probe), tolerance))
+    probe = list(token_ids[: min(_PROBE, candidate.rope_context)])
+    on_step("cache_equals_prefill")
+    whole, stepwise = _whole(candidate, probe), _by_cache(candidate, probe)
+    checks.append(_same("cache_equals_prefill", whole, stepwise, tolerance))
+    on_step("chunked_equals_whole")
+    checks.append(chunked_equals_whole(candidate, probe, tolerance))
     on_step("batch_equals_single")
     checks.append(_batch_equals_single(candidate, probe, tolerance))
     on_step("long_positions")
@@ -131,6 +129,12 @@ def validate(
         "bits_per_weight": candidate.bits_per_weight,
     }
     return Report(difference=difference, checks=checks, tolerance=tolerance, facts=facts)
+
+
+def chunked_equals_whole(runtime: Runtime, probe: list[int], tolerance: Tolerance) -> Check:
+    """Small chunks behind the cache, with the factor in use, against all tokens at once."""
+    chunked = _by_chunks(runtime, probe)
+    return _same("chunked_equals_whole", _whole(runtime, probe), chunked, tolerance)
 
 
 def _number(value: float) -> float | None:
@@ -202,7 +206,7 @@ def _long_positions(
     Rotary attention sees differences of positions, so only the jump shows whether the far ones are
     right.
     """
-    start = min(candidate.max_context, reference.max_context) - len(probe)
+    start = min(candidate.rope_context, reference.rope_context) - len(probe)
     ids = np.array([probe], np.int64)
     half = len(probe) // 2
     positions = [*range(half), *range(start + half, start + len(probe))]
@@ -220,7 +224,7 @@ def _greedy_text_equal(
     The judge reads prompt and answer whole: transformers for float32, else the bundle itself.
     """
     candidate.reset()
-    limit = min(_GREEDY_TOKENS, candidate.max_context - len(probe))
+    limit = min(_GREEDY_TOKENS, candidate.rope_context - len(probe))
     if limit < 1:
         probe, limit = probe[: len(probe) // 2], max(1, len(probe) // 4)
     answer = Generation(

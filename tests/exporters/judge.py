@@ -17,7 +17,11 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 Float = NDArray[np.float32]
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 
 
 def load_judge(source: Path) -> Qwen2ForCausalLM:

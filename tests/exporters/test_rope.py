@@ -18,10 +18,11 @@ from qwen2x.quantize.errors import ConfigError
 
 transformers_logging.set_verbosity_error()
 
-# PyTorch's vectorised float32 power is not correctly rounded (theta 1e6, head size 128: one element
-# is 1 ulp off), and a quotient of it may be 2 ulps off.
-ULPS = 2
-# YaRN's frequency is the sum of two such quotients; 3 and 4 ulps are rare (71 of 3000 configs).
+# Bit for bit where PyTorch raises to powers on vector units, whole blocks of 16 or 32 of them, as
+# for head sizes 64 and 128.
+ULPS = 1
+# What a block leaves over is correctly rounded, 1 ulp off; a quotient of it may be 2 ulps off, and
+# YaRN's frequency is the sum of two such quotients.
 RANDOM_ULPS = 4
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -196,6 +197,113 @@ def test_random_yarn_configs_match_transformers(
     assert_as_transformers({"rope_parameters": parameters}, head_dim, RANDOM_ULPS)
 
 
+def spelled(spelling: str, parameters: dict[str, Any], theta: float) -> dict[str, Any]:
+    """One rope in a config of the year 2024, of transformers 4.45, or of transformers 5."""
+    if spelling == "rope_parameters":
+        return {spelling: {"rope_type": "yarn", "rope_theta": theta, **parameters}}
+    return {"rope_theta": theta, "rope_scaling": {spelling: "yarn", **parameters}}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    head_dim=st.sampled_from([64, 128]),
+    theta=st.sampled_from([1e4, 1e6]) | st.floats(min_value=100, max_value=1e8),
+    factor=st.sampled_from([1.0, 2.0, 4.0]),
+    original=st.sampled_from([32768, 4096, 131072]),
+    betas=st.none() | st.tuples(positive, positive).map(sorted),
+    truncate=st.none() | st.booleans(),
+    attention_factor=st.none() | positive,
+    spelling=st.sampled_from(["type", "rope_type", "rope_parameters"]),
+)
+def test_frequencies_are_within_one_ulp_in_every_spelling(
+    head_dim: int,
+    theta: float,
+    factor: float,
+    original: int,
+    betas: list[float] | None,
+    truncate: bool | None,
+    attention_factor: float | None,
+    spelling: str,
+) -> None:
+    parameters: dict[str, Any] = {
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "attention_factor": attention_factor,
+    }
+    if truncate is not None:
+        parameters["truncate"] = truncate
+    if betas is not None:
+        parameters |= {"beta_slow": betas[0], "beta_fast": betas[1]}
+    raw = spelled(spelling, parameters, theta)
+    rope = assert_as_transformers(raw, head_dim)
+    ours, theirs = np.float32(rope.attention_factor), np.float32(judge(raw, head_dim)[1])
+    np.testing.assert_array_max_ulp(ours, theirs, maxulp=1)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_factor_of_a_plain_config_is_what_its_card_writes(head_dim: int, factor: float) -> None:
+    plain = {"rope_theta": 1e6, "max_position_embeddings": 32768}
+    card = {"type": "yarn", "factor": factor, "original_max_position_embeddings": 32768}
+    given = read_rope(plain, head_dim).with_factor(factor)
+    frequencies, attention_factor = judge(plain | {"rope_scaling": card}, head_dim)
+    np.testing.assert_array_max_ulp(given.inverse_frequencies(), frequencies, maxulp=ULPS)
+    assert given.attention_factor == attention_factor
+    assert given.max_positions == factor * 32768
+
+
+def test_a_config_with_yarn_gains_the_plain_rope() -> None:
+    own = read_rope(
+        {"rope_theta": 1e6, "rope_scaling": YARN, "max_position_embeddings": 131072}, 64
+    )
+    assert own.with_factor(4) is own
+    plain = own.with_factor(1)
+    assert (plain.is_yarn, plain.max_positions, plain.attention_factor) == (False, 32768, 1)
+    np.testing.assert_array_equal(
+        plain.inverse_frequencies(), read_rope({"rope_theta": 1e6}, 64).inverse_frequencies()
+    )
+
+
+def test_an_attention_factor_of_its_own_says_nothing_of_other_factors() -> None:
+    own = read_rope({"rope_scaling": YARN | {"attention_factor": 1.3}}, 64)
+    assert own.with_factor(1).attention_factor == 1
+    with pytest.raises(ConfigError, match=r"factor 4 .*1\.3.* of factor 2.*--yarn 1,4"):
+        own.with_factor(2)
+
+
+def test_a_length_that_the_config_lacks_may_be_told() -> None:
+    raw = {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 131072}
+    told = read_rope(raw, 64, original_context=32768)
+    said = read_rope(raw | {"original_max_position_embeddings": 32768}, 64)
+    np.testing.assert_array_equal(told.inverse_frequencies(), said.inverse_frequencies())
+    plain = read_rope({"max_position_embeddings": 131072}, 64, original_context=32768)
+    assert plain.with_factor(1).max_positions == 32768
+    assert plain.with_factor(4).max_positions == 131072
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (4096, ["--original-context is 4096", "32768", "leave the option out"]),
+        (0, ["--original-context is 0", "32768"]),
+    ],
+)
+def test_a_length_that_contradicts_the_config_is_refused(told: int, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_rope({"rope_scaling": YARN}, 64, original_context=told)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_long_plain_config_is_not_stretched_before_its_length_is_told() -> None:
+    plain = read_rope({"max_position_embeddings": 131072}, 64)
+    assert plain.with_factor(1) == plain
+    with pytest.raises(ConfigError, match=r"max_position_embeddings is 131072.*--original-context"):
+        plain.with_factor(2)
+    with pytest.raises(ConfigError, match=r"must be in 1\.\.131072 .* got 131073"):
+        read_rope({"max_position_embeddings": 131072}, 64, original_context=131073)
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
@@ -220,7 +328,11 @@ def test_random_yarn_configs_match_transformers(
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 131072},
-            ["original_max_position_embeddings (32768", "131072", "add it"],
+            [
+                "max_position_embeddings is 131072, expected at most 32768",
+                'add "original_max_position_embeddings": 32768',
+                "--original-context 32768",
+            ],
         ),
         (
             {"rope_scaling": YARN | {"original_max_position_embeddings": "32768"}},

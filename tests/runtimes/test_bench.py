@@ -43,7 +43,7 @@ def test_the_clock_is_the_walls(example_runtime: Runtime) -> None:
 @pytest.mark.parametrize(
     ("text", "prompt", "new", "repeat", "message"),
     [
-        ([1], 60, 5, 1, "60 prompt and 5 new tokens do not fit the context of 64"),
+        ([1], 60, 5, 1, "has 60 tokens, the context 64, with 5"),
         ([], 5, 5, 1, "expected a text"),
         ([1], 0, 5, 1, "expected a text"),
         ([1], 5, 1, 1, "new tokens of 2 or more"),
