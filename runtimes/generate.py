@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
+from qwen2x.runtimes.prompt_cache import PromptCache, common_prefix
 from qwen2x.runtimes.runtime import Runtime, SamplesAhead, integers
 from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
 from qwen2x.runtimes.tokenizer import StopFilter, Tokenizer
@@ -90,7 +91,9 @@ def _read_generation(path: Path) -> dict[str, Any]:
 class Generation:
     """One answer: iterate over it, once, for its pieces; its facts are there when it ends.
 
-    ``prefill_s`` is the time that the first token took, ``decode_s`` what the others were waited
+    ``room`` is what the KV cache is made for beforehand: positions of the prompt, and of as many
+    tokens as were asked for. ``prefill_s`` is the time that the first token took, reading a prompt
+    cache included, ``decode_s`` what the others were waited
     for: a runtime that samples ahead works on while their text is used.
     """
 
@@ -100,6 +103,8 @@ class Generation:
     max_tokens: int
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    room: int = 0
+    prompt_cache: PromptCache | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -157,10 +162,13 @@ class Generation:
     def _choices(self) -> Generator[int, None, None]:
         """Token after token, each chosen from the logits behind the one before."""
         runtime = self.runtime
-        shared = _common_prefix(runtime.cached_ids, self.prompt_ids)
+        if self.prompt_cache is not None:
+            self.prompt_cache.load(runtime, self.prompt_ids, self.room)
+        shared = common_prefix(runtime.cached_ids, self.prompt_ids)
         # The last token is run in any case: nothing else gives its logits.
         self.cached_tokens = min(shared, len(self.prompt_ids) - 1)
         runtime.truncate(self.cached_tokens)
+        runtime.reserve(self.room)
         fresh = self.prompt_ids[self.cached_tokens :]
         # Rows of a padded vocabulary have no text; they are never chosen.
         known = read_text_files(runtime.folder).tokenizer.size
@@ -188,6 +196,7 @@ def generate(
     system: str | None = None,
     raw: bool = False,
     ignore_eos: bool = False,
+    prompt_cache: PromptCache | None = None,
 ) -> Generation:
     """Answers a prompt.
 
@@ -200,6 +209,7 @@ def generate(
         system: the system message, with a text prompt and without raw.
         raw: continue the text, without the chat template.
         ignore_eos: go on to the limit, for measurements.
+        prompt_cache: a file with the KV cache of an earlier prompt; ``save`` is up to the caller.
 
     Raises:
         RequestError: an empty prompt, one longer than the context, or settings out of range.
@@ -213,6 +223,7 @@ def generate(
             "least one for the answer; shorten the prompt"
         )
     limit = files.generation.get("max_new_tokens") if max_tokens is None else max_tokens
+    asked = min(max_tokens or 0, room)
     if limit is None:
         limit = room
     elif isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
@@ -224,6 +235,8 @@ def generate(
         max_tokens=min(limit, room),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=ignore_eos,
+        room=len(prompt_ids) + asked,
+        prompt_cache=prompt_cache,
     )
 
 
@@ -248,10 +261,3 @@ def _prompt_ids(
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
     return files.prompt_ids(turns)
-
-
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return index
-    return min(len(one), len(other))
