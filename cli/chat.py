@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,19 +17,21 @@ from qwen2x.cli.options import (
     SAMPLING_NAMES,
     model_options,
     open_model,
+    prompt_cache_option,
     quantize_options,
     sampling_for,
     sampling_options,
     system_option,
     take_sampling,
 )
-from qwen2x.cli.output import log
+from qwen2x.cli.output import log, prefill_progress
 from qwen2x.cli.run import timings_of
 from qwen2x.quantize.errors import RequestError
 
 if TYPE_CHECKING:
     from qwen2x.runtimes.chat import Message
     from qwen2x.runtimes.generate import Generation
+    from qwen2x.runtimes.prompt_cache import PromptCache
     from qwen2x.runtimes.runtime import Runtime
     from qwen2x.runtimes.sampler import Sampling
 
@@ -53,9 +56,15 @@ _WHOLE_NUMBERS = ("top_k", "seed")
 @quantize_options
 @sampling_options
 @system_option
+@prompt_cache_option
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed after each answer.")
 def command(
-    model: str, max_tokens: int | None, system: str | None, verbose: bool, **options: Any
+    model: str,
+    max_tokens: int | None,
+    system: str | None,
+    prompt_cache: Path | None,
+    verbose: bool,
+    **options: Any,
 ) -> None:
     """Talk with MODEL: a bundle, a Hugging Face folder, or a hub id.
 
@@ -63,12 +72,19 @@ def command(
     oldest turns are forgotten. Ctrl-C stops the answer, not the program; twice at the prompt it
     leaves. /help lists the commands.
     """
+    from qwen2x.runtimes.prompt_cache import PromptCache
+
     given = take_sampling(options)
+    kept = PromptCache(prompt_cache) if prompt_cache else None
     with open_model(model, **options) as runtime:
+        runtime.on_prefill = prefill_progress(is_verbose=verbose)
+        if kept is not None:
+            kept.check(runtime)
         talk = Conversation(
             runtime=runtime,
             sampling=sampling_for(runtime, given),
             max_tokens=max_tokens,
+            prompt_cache=kept,
             is_verbose=verbose,
         )
         talk.begin(system)
@@ -107,11 +123,18 @@ class Conversation:
     """The messages so far; answers are added as they were shown."""
 
     def __init__(
-        self, *, runtime: Runtime, sampling: Sampling, max_tokens: int | None, is_verbose: bool
+        self,
+        *,
+        runtime: Runtime,
+        sampling: Sampling,
+        max_tokens: int | None,
+        prompt_cache: PromptCache | None,
+        is_verbose: bool,
     ) -> None:
         self._runtime = runtime
         self._sampling = sampling
         self._max_tokens = max_tokens
+        self._prompt_cache = prompt_cache
         self._is_verbose = is_verbose
         self.messages: list[Message] = []
 
@@ -178,7 +201,11 @@ class Conversation:
         try:
             messages, dropped = self._shifted([*self.messages, {"role": "user", "content": text}])
             answer = generate(
-                self._runtime, messages, max_tokens=self._max_tokens, sampling=self._sampling
+                self._runtime,
+                messages,
+                max_tokens=self._max_tokens,
+                sampling=self._sampling,
+                prompt_cache=self._prompt_cache,
             )
         except RequestError as error:
             log(f"{error} (this message is forgotten, /clear forgets all)")
@@ -189,6 +216,7 @@ class Conversation:
             )
         if _show(answer):
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self._keep_prompt(answer)
         if len(answer.prompt_ids) + len(answer.token_ids) >= context:
             log(f"the context of {context} tokens is full: the answer ends here")
         if self._is_verbose:
@@ -197,6 +225,18 @@ class Conversation:
                 f"{len(answer.prompt_ids)} prompt tokens ({answer.cached_tokens} cached), "
                 f"{len(answer.token_ids)} new at {speed:.1f}/s"
             )
+
+    def _keep_prompt(self, answer: Generation) -> None:
+        """Writes the prompt cache where it is due; a disk that is full ends no conversation."""
+        if self._prompt_cache is None:
+            return
+        try:
+            is_written = self._prompt_cache.save(self._runtime, answer.prompt_ids)
+        except RequestError as error:
+            log(str(error))
+            return
+        if is_written and self._is_verbose:
+            log(f"wrote {self._prompt_cache.path}")
 
     def _shifted(self, messages: list[Message]) -> tuple[list[Message], int]:
         """The messages that leave room for an answer, a quarter of the context at most."""

@@ -215,7 +215,7 @@ def generate(
         RequestError: an empty prompt, one longer than the context, or settings out of range.
     """
     files = read_text_files(runtime.folder)
-    prompt_ids = _prompt_ids(files, prompt, system, raw)
+    prompt_ids = prompt_ids_of(files, prompt, system, raw)
     room = runtime.max_context - len(prompt_ids)
     if room < 1:
         raise RequestError(
@@ -240,9 +240,14 @@ def generate(
     )
 
 
-def _prompt_ids(
+def prompt_ids_of(
     files: TextFiles, prompt: str | Sequence[Message] | Sequence[int], system: str | None, raw: bool
 ) -> list[int]:
+    """The token ids of a prompt, as ``generate`` takes it.
+
+    Raises:
+        RequestError: an empty prompt, or a system message that has no place in it.
+    """
     if system is not None and (raw or not isinstance(prompt, str)):
         raise RequestError(
             "a system message goes with a text prompt and the chat template; put it into the "

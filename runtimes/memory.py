@@ -11,7 +11,7 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def require_memory(
-    positions: int, *, taken: int, bytes_per_position: int, free: int | None, work_bytes: int = 0
+    positions: int, *, taken: int, bytes_per_position: int, free: int | None, beside: int = 0
 ) -> None:
     """Refuses a KV cache that memory has no room for.
 
@@ -20,18 +20,18 @@ def require_memory(
         taken: positions that it has room for already.
         bytes_per_position: of the cache.
         free: bytes; None where nobody says, and nothing is refused.
-        work_bytes: what a run needs beside the cache.
+        beside: bytes that are needed for all else.
 
     Raises:
         RequestError: it takes more than is free.
     """
-    needed = (positions - taken) * bytes_per_position + work_bytes
+    needed = (positions - taken) * bytes_per_position + beside
     if free is None or needed <= free:
         return
-    fitting = taken + max(0, free - work_bytes) // bytes_per_position
-    beside = f" ({gigabytes(work_bytes)} of it to work with)" if work_bytes else ""
+    fitting = taken + max(0, free - beside) // bytes_per_position
+    also = f" ({gigabytes(beside)} of it for weights and work)" if beside else ""
     raise RequestError(
-        f"a KV cache for {positions} positions needs {gigabytes(needed)} more memory{beside}, "
+        f"a KV cache for {positions} positions needs {gigabytes(needed)} more memory{also}, "
         f"{gigabytes(free)} are free, enough for {fitting} positions; shorten the prompt, ask for "
         "fewer tokens (--max-tokens), or use an 8-bit cache (--kv-bits 8)"
     )

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.mlx_model import FUSED_HEAD_SIZES
+from qwen2x.runtimes.memory import free_host_bytes
 from qwen2x.runtimes.memory_needs import MemoryNeeds, activation_bytes
-from qwen2x.runtimes.mlx_cache import float_layout, free_bytes
+from qwen2x.runtimes.mlx_cache import float_layout
+from qwen2x.runtimes.mlx_cache import free_bytes as free_default_bytes
 from qwen2x.runtimes.mlx_int8_cache import int8_layout
 
-__all__ = ["free_bytes", "needs_of"]
 # Bytes per score and query head: one float32 matrix of them without a fused kernel; with an 8-bit
 # cache they are masked and normalized too (measured, mlx 0.32.4 on the CPU).
 _FLOAT_SCORE, _INT8_SCORE = 5, 10
+
+
+def choose_device(bundle: Bundle, device: str) -> str:
+    """Where a folder is run; ``auto`` is a GPU, if there is one."""
+    has_gpu = mx.default_device().type == mx.gpu
+    return ("gpu" if has_gpu else "cpu") if device == "auto" else device
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory for a cache; None where nobody says."""
+    return free_host_bytes() if device == "cpu" else free_default_bytes()
 
 
 def needs_of(bundle: Bundle, device: str, kv_bits: int | None) -> MemoryNeeds:

@@ -140,7 +140,7 @@ class MlxRuntime(CacheBookkeeping):
         self._reserve(self.cache_length + len(token_ids))
         start, _ = self._pieces(len(token_ids))[-1]
         if start:
-            self.append(token_ids[:start])
+            self._run_pieces(token_ids[:start], 1, of=len(token_ids))
         running, past = token_ids[start:], self.cache_length
         with mx.stream(self._mx_device):
             sampler = MlxSampler(sampling, context, min(known, self.vocab_size))
@@ -150,6 +150,8 @@ class MlxRuntime(CacheBookkeeping):
             following = self._queue(choice, past, sampler) if left else choice
             token_id = int(np.array(choice)[0])
             self.cached_ids.extend(running)
+            if start and left == limit - 1:
+                self._tell(len(token_ids), len(token_ids))
             if token_id == FAILED:
                 raise RequestError(NOT_FINITE)
             yield token_id

@@ -23,6 +23,11 @@ def needs_of(bundle: Bundle, device: str, kv_bits: int | None) -> MemoryNeeds:
     )
 
 
+def choose_device(bundle: Bundle, device: str) -> str:
+    """Where a bundle is run; ``auto`` is what it was made for."""
+    return bundle.device if device == "auto" else device
+
+
 def free_bytes(device: str) -> int | None:
     """Memory for a cache; None where nobody says."""
     return free_host_bytes() if device == "cpu" else None

@@ -57,6 +57,19 @@ class PromptCache:
         self._file: CacheFile | None = None
         self._is_due = False
 
+    def check(self, runtime: Runtime) -> None:
+        """Reads the file, if there is one.
+
+        Raises:
+            RequestError: a runtime that has no such cache, a file that is damaged or belongs to
+                something else.
+        """
+        _require_saving(runtime)
+        if self._file is None and self.path.exists():
+            self._file = read_cache_file(self.path)
+        if self._file is not None:
+            self._require_same(self._file, runtime)
+
     def load(self, runtime: Runtime, prompt_ids: Sequence[int], room: int) -> None:
         """Gives a runtime what the file has of a prompt, if that is more than it has itself.
 
@@ -66,15 +79,12 @@ class PromptCache:
             room: positions that its cache is made for.
 
         Raises:
-            RequestError: a runtime that has no such cache, a file that is damaged or belongs to
-                something else, or no room for the file that will be written.
+            RequestError: what ``check`` refuses, or no room for the file that will be written.
         """
         saving = _require_saving(runtime)
-        if self._file is None and self.path.exists():
-            self._file = read_cache_file(self.path)
+        self.check(runtime)
         held = common_prefix(runtime.cached_ids, prompt_ids)
         if self._file is not None:
-            self._require_same(self._file, runtime)
             shared = common_prefix(self._file.token_ids, prompt_ids)
             if shared > held:
                 runtime.reset()

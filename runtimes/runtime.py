@@ -24,7 +24,7 @@ Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
 DEFAULT_CHUNK = 512
 DEFAULT_PREFILL_MEMORY = 512_000_000
-# Told how many tokens of a prompt have been run, and of how many.
+# Told how many tokens of a prompt have been run, from 0 on, and of how many.
 OnPrefill = Callable[[int, int], None]
 
 
@@ -40,7 +40,7 @@ class Runtime(Protocol):
         eos_token_ids: tokens that end a text.
         cached_ids: the tokens whose keys and values are in the cache.
         rope_factor: YaRN's, with which the keys in the cache were rotated; 1 is none.
-        on_prefill: is told after each piece of a prompt that takes several.
+        on_prefill: is told before, between and after the pieces of a prompt that takes several.
         weight_bytes, bits_per_weight: of the weights as this runtime reads them.
     """
 
@@ -266,17 +266,23 @@ class CacheBookkeeping:
         if not 1 <= keep <= len(token_ids):
             raise RequestError(f"keep must be in 1..{len(token_ids)}, got {keep}")
         self._reserve(self.cache_length + len(token_ids))
-        pieces = self._pieces(len(token_ids))
+        return self._run_pieces(token_ids, keep, of=len(token_ids))
+
+    def _run_pieces(self, token_ids: list[int], keep: int, *, of: int) -> Logits:
+        """Runs tokens piece by piece; with those that will follow they are so many."""
+        has_several = len(self._pieces(of)) > 1
+        if has_several:
+            self._tell(0, of)
         rows: list[Logits] = []
-        for start, end in pieces:
+        for start, end in self._pieces(len(token_ids)):
             chunk = token_ids[start:end]
             wanted = max(0, min(len(chunk), end - (len(token_ids) - keep)))
             logits = self._run(np.array([chunk], np.int64), max(1, wanted))
             self.cached_ids.extend(chunk)
             if wanted:
                 rows.append(logits)
-            if self.on_prefill is not None and len(pieces) > 1:
-                self.on_prefill(end, len(token_ids))
+            if has_several:
+                self._tell(end, of)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def prefill(self, token_ids: Sequence[int]) -> Logits:
@@ -319,6 +325,10 @@ class CacheBookkeeping:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.on_prefill is not None:
+            self.on_prefill(done, total)
 
     def _pieces(self, count: int) -> list[tuple[int, int]]:
         """Start and end of what is run at once, of so many tokens behind the cache."""
