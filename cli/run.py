@@ -139,7 +139,8 @@ def _log_speed(answer: Generation, load_s: float) -> None:
     timings = timings_of(answer, load_s)
     log(
         f"{len(answer.prompt_ids)} prompt tokens ({answer.cached_tokens} cached) at "
-        f"{timings['prefill_tokens_per_s']:.1f}/s, {len(answer.token_ids)} new at {timings['decode_tokens_per_s']:.1f}/s, "
+        f"{timings['prefill_tokens_per_s']:.1f}/s, {len(answer.token_ids)} new at "
+        f"{timings['decode_tokens_per_s']:.1f}/s, "
         f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s"
     )
 
