@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +17,7 @@ from qwen2x.cli.options import (
     SAMPLING_NAMES,
     model_options,
     open_model,
+    prompt_cache_option,
     quantize_options,
     sampling_for,
     sampling_options,
@@ -23,13 +25,14 @@ from qwen2x.cli.options import (
     take_sampling,
     yarn_option,
 )
-from qwen2x.cli.output import log
+from qwen2x.cli.output import log, prefill_progress
 from qwen2x.cli.run import rope_text, timings_of
 from qwen2x.quantize.errors import RequestError
 
 if TYPE_CHECKING:
     from qwen2x.runtimes.chat import Message
     from qwen2x.runtimes.generate import Generation
+    from qwen2x.runtimes.prompt_cache import PromptCache
     from qwen2x.runtimes.rope_choice import Yarn
     from qwen2x.runtimes.runtime import Runtime
     from qwen2x.runtimes.sampler import Sampling
@@ -56,12 +59,14 @@ _WHOLE_NUMBERS = ("top_k", "seed")
 @sampling_options
 @system_option
 @yarn_option
+@prompt_cache_option
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed after each answer.")
 def command(
     model: str,
     max_tokens: int | None,
     system: str | None,
     yarn: Any,
+    prompt_cache: Path | None,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -71,13 +76,20 @@ def command(
     oldest turns are forgotten. Ctrl-C stops the answer, not the program; twice at the prompt it
     leaves. /help lists the commands.
     """
+    from qwen2x.runtimes.prompt_cache import PromptCache
+
     given = take_sampling(options)
+    kept = PromptCache(prompt_cache) if prompt_cache else None
     with open_model(model, yarn=yarn, **options) as runtime:
+        runtime.on_prefill = prefill_progress(is_verbose=verbose)
+        if kept is not None:
+            kept.check(runtime)
         talk = Conversation(
             runtime=runtime,
             sampling=sampling_for(runtime, given),
             max_tokens=max_tokens,
             yarn=yarn,
+            prompt_cache=kept,
             is_verbose=verbose,
         )
         talk.begin(system)
@@ -122,12 +134,14 @@ class Conversation:
         sampling: Sampling,
         max_tokens: int | None,
         yarn: Yarn,
+        prompt_cache: PromptCache | None,
         is_verbose: bool,
     ) -> None:
         self._runtime = runtime
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._yarn: Yarn = yarn
+        self._prompt_cache = prompt_cache
         self._is_verbose = is_verbose
         self.messages: list[Message] = []
 
@@ -199,6 +213,7 @@ class Conversation:
                 max_tokens=self._limit(messages),
                 sampling=self._sampling,
                 yarn=self._yarn,
+                prompt_cache=self._prompt_cache,
             )
         except RequestError as error:
             log(f"{error} (this message is forgotten, /clear forgets all)")
@@ -209,6 +224,7 @@ class Conversation:
             )
         if _show(answer):
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self._keep_prompt(answer)
         if len(answer.prompt_ids) + len(answer.token_ids) >= context:
             log(f"the context of {context} tokens is full: the answer ends here")
         if self._is_verbose:
@@ -217,6 +233,18 @@ class Conversation:
                 f"{len(answer.prompt_ids)} prompt tokens ({answer.cached_tokens} cached), "
                 f"{len(answer.token_ids)} new at {speed:.1f}/s{rope_text(answer)}"
             )
+
+    def _keep_prompt(self, answer: Generation) -> None:
+        """Writes the prompt cache where it is due; a disk that is full ends no conversation."""
+        if self._prompt_cache is None:
+            return
+        try:
+            is_written = self._prompt_cache.save(self._runtime, answer.prompt_ids)
+        except RequestError as error:
+            log(str(error))
+            return
+        if is_written and self._is_verbose:
+            log(f"wrote {self._prompt_cache.path}")
 
     def _shifted(self, messages: list[Message]) -> tuple[list[Message], int]:
         """The messages that leave room for an answer, a quarter of the context at most."""

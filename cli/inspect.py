@@ -113,6 +113,7 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> dict[str, Any]:
         **{key: manifest.get(key) for key in keys},
         "max_context": bundle.max_context,
         "cache_bytes_per_token": elements * _BYTES[cache["dtype"]],
+        "cache_bytes_full_context": elements * _BYTES[cache["dtype"]] * bundle.max_context,
         "files": manifest["files"],
         "is_verified": verify,
     }
@@ -148,7 +149,7 @@ def _print(path: str, facts: dict[str, Any]) -> None:
                 else f"{facts['target']} for {facts['device']}, {facts['dtype']}",
             ),
             ("graph", _graph_text(facts)),
-            ("KV cache", f"{size_text(facts['cache_bytes_per_token'])} per token"),
+            ("KV cache", _cache_text(facts["cache_bytes_per_token"], facts)),
             ("made of", _source_text(facts)),
         ]
         rows.append(("quality", _quality_text(facts["quality"])))
@@ -156,12 +157,18 @@ def _print(path: str, facts: dict[str, Any]) -> None:
         rows += [
             ("layers", f"{facts['layers']}, hidden {facts['hidden_size']}, heads "
                        f"{facts['heads'][0]}/{facts['heads'][1]} of {facts['head_dim']}"),
+            ("KV cache", _cache_text(4 * facts["cache_elements_per_token"], facts) + " in float32"),
             ("vocabulary", f"{facts['vocab_size']} rows, "
                            + ("tied head" if facts["is_tied"] else "own head")),
             ("stored as", f"{', '.join(facts['dtypes'])} in {len(facts['shards'])} file(s)"),
             ("chat template", "yes" if facts["has_chat_template"] else "no"),
         ]  # fmt: skip
     print_table(rows)
+
+
+def _cache_text(per_token: int, facts: dict[str, Any]) -> str:
+    whole = size_text(per_token * facts["max_context"])
+    return f"{size_text(per_token)} per token, {whole} for the whole context"
 
 
 def _count_text(count: int) -> str:

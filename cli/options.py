@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qwen2x.runtimes.runtime import Runtime
     from qwen2x.runtimes.sampler import Sampling
 
+MEGABYTE = 1_000_000
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -88,6 +89,14 @@ place_options = _together(
     ),
 )
 
+prompt_cache_option = click.option(
+    "--prompt-cache",
+    type=click.Path(path_type=Path),
+    help="A file that keeps the KV cache of a long prompt: what another prompt with this bundle "
+    "begins with as well is not read again. It is written where it is missing, and where more of a "
+    "prompt is new than was known. Default: none.",
+)
+
 model_options = _together(
     click.option(
         "--backend",
@@ -98,6 +107,14 @@ model_options = _together(
     place_options,
     click.option(
         "--revision", help="Branch, tag or commit, when MODEL is a hub id. Default: main."
+    ),
+    click.option(
+        "--prefill-memory",
+        type=click.IntRange(1),
+        default=512,
+        show_default=True,
+        help="MB that reading a prompt may take beside weights and KV cache: what is read at once "
+        "becomes smaller far into a long one.",
     ),
 )
 
@@ -191,6 +208,7 @@ def open_model(
     graph: bool = False,
     kv_bits: str | None = None,
     yarn: float | str = "auto",
+    prefill_memory: int,
     **making: Any,
 ) -> Runtime:
     """A runtime for a bundle, or for a checkpoint, whose bundle is made once and kept.
@@ -203,11 +221,39 @@ def open_model(
         graph: run an MLX folder's ``decode.mlxfn``.
         kv_bits: of the KV cache; None is the bundle's own, floats for a checkpoint.
         yarn: a factor that there must be, or ``auto``.
+        prefill_memory: MB for reading a prompt.
         **making: revision, bits, group_size, dtype: of the bundle that a checkpoint becomes.
     """
+    from qwen2x.runtimes.runtime import open_runtime
+
+    folder = find_model(
+        model, backend=backend, device=device, graph=graph, kv_bits=kv_bits, **making
+    )
+    return open_runtime(
+        folder,
+        backend=backend,
+        device=device,
+        threads=threads,
+        graph=graph,
+        kv_bits=int(kv_bits) if kv_bits else None,
+        yarn=() if isinstance(yarn, str) else (yarn,),
+        prefill_memory=prefill_memory * MEGABYTE,
+    )
+
+
+def find_model(
+    model: str,
+    *,
+    backend: str | None,
+    device: str,
+    graph: bool,
+    kv_bits: str | None,
+    **making: Any,
+) -> Path:
+    """The folder that ``open_model`` opens; a bundle of a checkpoint is made if there is none."""
     from qwen2x.exporters.bundle import is_bundle
     from qwen2x.exporters.hub import resolve_source
-    from qwen2x.runtimes.runtime import default_backend, open_runtime
+    from qwen2x.runtimes.runtime import default_backend
 
     folder = Path(model)
     if backend == "torch" and not is_bundle(folder):
@@ -225,15 +271,7 @@ def open_model(
             _require_runnable(model, target, device, graph)
             baked = int(kv_bits) if kv_bits and target == "onnx" else None
             folder = _bundle_of(model, target, device, kv_bits=baked, **making)
-    return open_runtime(
-        folder,
-        backend=backend,
-        device=device,
-        threads=threads,
-        graph=graph,
-        kv_bits=int(kv_bits) if kv_bits else None,
-        yarn=() if isinstance(yarn, str) else (yarn,),
-    )
+    return folder
 
 
 def open_source(

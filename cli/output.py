@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import click
 
 if TYPE_CHECKING:
     from qwen2x.exporters.weight_writer import Progress
+    from qwen2x.runtimes.runtime import OnPrefill
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -76,6 +78,33 @@ def layer_progress(*, quiet: bool = False) -> Callable[[str, int, int], None]:
             return
         left = (now - begun) / (done - already) * (total - done)
         log(f"{stage} layer {done} of {total}, {left / 60:.1f} minutes left")
+
+    return show
+
+
+def prefill_progress(*, is_verbose: bool, quiet: bool = False) -> OnPrefill:
+    """Tells how far a long prompt is read, and of the time left, on standard error.
+
+    A terminal has one line, which goes in the end; elsewhere, if details are wanted, every tenth
+    of the prompt has a line of its own.
+    """
+    is_terminal = sys.stderr.isatty()
+    started, told = 0.0, 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal started, told
+        if done == 0:
+            started, told = time.monotonic(), 0
+        if quiet or done == 0:
+            return
+        rate = done / max(time.monotonic() - started, 1e-9)
+        text = f"read {done} of {total} tokens, {rate:.0f}/s, {(total - done) / rate:.0f} s left"
+        tenth = 10 * done // total
+        if is_terminal:
+            click.echo(f"\r{text if done < total else ''}\x1b[K", err=True, nl=False)
+        elif is_verbose and tenth > told:
+            log(text)
+        told = tenth
 
     return show
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qwen2x.cli.machine import peak_memory_bytes
+from qwen2x.cli.memory_plan import show_footprint
 from qwen2x.cli.options import (
     json_option,
     model_options,
     open_model,
+    prompt_cache_option,
     quantize_options,
     sampling_for,
     sampling_options,
@@ -19,7 +22,7 @@ from qwen2x.cli.options import (
     take_sampling,
     yarn_option,
 )
-from qwen2x.cli.output import log, print_json
+from qwen2x.cli.output import log, prefill_progress, print_json
 from qwen2x.cli.prompt import read_prompt
 
 if TYPE_CHECKING:
@@ -44,7 +47,9 @@ Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0
 )
 @system_option
 @yarn_option
+@prompt_cache_option
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without chat template.")
+@click.option("--dry-run", is_flag=True, help="Only show tokens, KV cache and memory.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed on standard error.")
 @json_option
 def command(
@@ -55,6 +60,8 @@ def command(
     system: str | None,
     yarn: Any,
     raw: bool,
+    prompt_cache: Path | None,
+    dry_run: bool,
     verbose: bool,
     as_json: bool,
     **options: Any,
@@ -67,6 +74,7 @@ def command(
     used from then on.
     """
     from qwen2x.runtimes.generate import generate
+    from qwen2x.runtimes.prompt_cache import PromptCache
 
     if raw and system is not None:
         raise click.UsageError(
@@ -74,9 +82,23 @@ def command(
         )
     given = take_sampling(options)
     text = read_prompt(prompt)
+    if dry_run:
+        show_footprint(
+            model,
+            text,
+            system=system,
+            raw=raw,
+            max_tokens=max_tokens,
+            yarn=yarn,
+            as_json=as_json,
+            **options,
+        )
+        return
+    kept = PromptCache(prompt_cache) if prompt_cache else None
     started = time.perf_counter()
     with open_model(model, yarn=yarn, **options) as runtime:
         load_s = time.perf_counter() - started
+        runtime.on_prefill = prefill_progress(is_verbose=verbose, quiet=as_json)
         answer = generate(
             runtime,
             text,
@@ -86,11 +108,17 @@ def command(
             system=system,
             raw=raw,
             yarn=yarn,
+            prompt_cache=kept,
         )
-        if as_json:
-            print_json(result_of(answer.run(), load_s))
-        else:
-            _stream(answer)
+        try:
+            if as_json:
+                print_json(result_of(answer.run(), load_s))
+            else:
+                _stream(answer)
+        finally:
+            # After Ctrl-C too: reading the prompt may have taken minutes.
+            if kept is not None and kept.save(runtime, answer.prompt_ids) and verbose:
+                log(f"wrote {kept.path}")
         if verbose:
             _log_speed(answer, load_s)
 
@@ -108,6 +136,7 @@ def result_of(answer: Generation, load_s: float) -> dict[str, Any]:
         "text": answer.text,
         "token_ids": answer.token_ids,
         "prompt_tokens": len(answer.prompt_ids),
+        "cached_tokens": answer.cached_tokens,
         "new_tokens": len(answer.token_ids),
         "finish_reason": answer.finish_reason,
         "rope_factor": answer.rope_factor,
@@ -122,8 +151,9 @@ def result_of(answer: Generation, load_s: float) -> dict[str, Any]:
 def _log_speed(answer: Generation, load_s: float) -> None:
     timings = timings_of(answer, load_s)
     log(
-        f"{len(answer.prompt_ids)} prompt tokens at {timings['prefill_tokens_per_s']:.1f}/s, "
-        f"{len(answer.token_ids)} new at {timings['decode_tokens_per_s']:.1f}/s, "
+        f"{len(answer.prompt_ids)} prompt tokens ({answer.cached_tokens} cached) at "
+        f"{timings['prefill_tokens_per_s']:.1f}/s, {len(answer.token_ids)} new at "
+        f"{timings['decode_tokens_per_s']:.1f}/s, "
         f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s{rope_text(answer)}"
     )
 

@@ -24,6 +24,7 @@ _NEEDED = {"onnx": ("model.onnx", "model.onnx_data"), "mlx": ("config.json",)}
 _SMALL = 32 << 20
 _BLOCK = 1 << 20
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_MODEL_SUFFIXES = (".onnx", ".onnx_data", ".safetensors")
 _LAYOUTS = ("shared", "concatenated", "stepped")
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -239,6 +240,21 @@ def sha256_of(path: Path) -> str:
         while size := file.readinto(buffer):
             digest.update(memoryview(buffer)[:size])
     return digest.hexdigest()
+
+
+def model_hash(bundle: Bundle) -> str:
+    """One hash of graph and weights. Of files without a hash in a manifest, size and a sample."""
+    digest = hashlib.sha256()
+    for name, entry in sorted(bundle.manifest["files"].items()):
+        path = bundle.folder / name
+        if path.suffix in _MODEL_SUFFIXES or name == "config.json":
+            known = entry.get("sha256")
+            digest.update(f"{name}:{entry['bytes']}:{known or _quick_sha256(path)};".encode())
+    return digest.hexdigest()
+
+
+def _quick_sha256(path: Path) -> str:
+    return sha256_of(path) if path.stat().st_size <= _SMALL else _sample_sha256(path)
 
 
 def _sample_sha256(path: Path) -> str:

@@ -21,7 +21,7 @@ from qwen2x.quantize.errors import BundleError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Head sizes for which MLX has fused attention for one query and for many, on Metal and on CUDA.
-_FUSED_HEAD_SIZES = (64, 96, 128)
+FUSED_HEAD_SIZES = (64, 96, 128)
 # On Metal, up to 8 queries take the vector kernel, which holds 32 rows of queries and groups.
 _VECTOR_QUERIES, _VECTOR_ROWS = 8, 32
 # On CUDA, fewer than 4 without a mask take one; more of them need cuDNN's, from Ampere on.
@@ -143,7 +143,7 @@ def _is_fused(queries: mx.array, keys: mx.array, mask: mx.array | str | None) ->
     That is in mlx/backend/metal and mlx/backend/cuda/scaled_dot_product_attention.cpp.
     """
     count, groups = queries.shape[2], queries.shape[1] // keys.shape[1]
-    if mx.default_device().type == mx.cpu or queries.shape[-1] not in _FUSED_HEAD_SIZES:
+    if mx.default_device().type == mx.cpu or queries.shape[-1] not in FUSED_HEAD_SIZES:
         return False
     if mx.metal.is_available():
         return count > _VECTOR_QUERIES or count * groups <= _VECTOR_ROWS

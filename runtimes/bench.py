@@ -51,7 +51,7 @@ def bench(
             "expected a text, prompt tokens and repeats of 1 or more, and new tokens of 2 or more, "
             f"got {len(text_ids)}, {prompt_tokens}, {repeat} and {new_tokens}"
         )
-    runtime.use_rope(choose_rope(runtime, prompt_tokens, new_tokens, yarn).factor)
+    runtime.use_rope(choose_rope(runtime.rope_contexts, prompt_tokens, new_tokens, yarn).factor)
     copies = -(-prompt_tokens // len(text_ids))
     prompt = (list(text_ids) * copies)[:prompt_tokens]
     runs = []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
+from qwen2x.runtimes.prompt_cache import PromptCache, common_prefix
 from qwen2x.runtimes.rope_choice import Yarn, choose_rope
 from qwen2x.runtimes.runtime import Runtime, SamplesAhead, integers
 from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
@@ -93,7 +94,9 @@ class Generation:
 
     ``rope_factor`` is the YaRN factor for all of its tokens, None the one in use. A prompt that was
     in the cache with another factor is read once more; ``prefilled_again`` counts those tokens.
-    ``prefill_s`` is the time that the first token took, ``decode_s`` what the others were waited
+    ``room`` is what the KV cache is made for beforehand: positions of the prompt, and of as many
+    tokens as were asked for. ``prefill_s`` is the time that the first token took, reading a prompt
+    cache included, ``decode_s`` what the others were waited
     for: a runtime that samples ahead works on while their text is used.
     """
 
@@ -104,6 +107,8 @@ class Generation:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     rope_factor: float | None = None
+    room: int = 0
+    prompt_cache: PromptCache | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -162,13 +167,16 @@ class Generation:
     def _choices(self) -> Generator[int, None, None]:
         """Token after token, each chosen from the logits behind the one before."""
         runtime = self.runtime
-        shared = _common_prefix(runtime.cached_ids, self.prompt_ids)
         if self.rope_factor not in (None, runtime.rope_factor):
-            self.prefilled_again, shared = shared, 0
+            self.prefilled_again = common_prefix(runtime.cached_ids, self.prompt_ids)
             runtime.use_rope(self.rope_factor)
+        if self.prompt_cache is not None:
+            self.prompt_cache.load(runtime, self.prompt_ids, self.room)
+        shared = common_prefix(runtime.cached_ids, self.prompt_ids)
         # The last token is run in any case: nothing else gives its logits.
         self.cached_tokens = min(shared, len(self.prompt_ids) - 1)
         runtime.truncate(self.cached_tokens)
+        runtime.reserve(self.room)
         fresh = self.prompt_ids[self.cached_tokens :]
         # Rows of a padded vocabulary have no text; they are never chosen.
         known = read_text_files(runtime.folder).tokenizer.size
@@ -197,6 +205,7 @@ def generate(
     raw: bool = False,
     ignore_eos: bool = False,
     yarn: Yarn = "auto",
+    prompt_cache: PromptCache | None = None,
 ) -> Generation:
     """Answers a prompt.
 
@@ -212,17 +221,18 @@ def generate(
         ignore_eos: go on to the limit, for measurements.
         yarn: ``auto`` takes the smallest factor of the bundle that reaches over prompt and answer;
             a number takes that one.
+        prompt_cache: a file with the KV cache of an earlier prompt; ``save`` is up to the caller.
 
     Raises:
         RequestError: an empty prompt, one that does not fit the context with its answer, a factor
             that is not there, or settings out of range.
     """
     files = read_text_files(runtime.folder)
-    prompt_ids = _prompt_ids(files, prompt, system, raw)
+    prompt_ids = prompt_ids_of(files, prompt, system, raw)
     limit = files.generation.get("max_new_tokens") if max_tokens is None else max_tokens
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise RequestError(f"max tokens must be an integer of 1 or more, got {limit!r}")
-    chosen = choose_rope(runtime, len(prompt_ids), max_tokens, yarn)
+    chosen = choose_rope(runtime.rope_contexts, len(prompt_ids), max_tokens, yarn)
     return Generation(
         runtime=runtime,
         prompt_ids=prompt_ids,
@@ -231,12 +241,19 @@ def generate(
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=ignore_eos,
         rope_factor=chosen.factor,
+        room=len(prompt_ids) + (max_tokens or 0),
+        prompt_cache=prompt_cache,
     )
 
 
-def _prompt_ids(
+def prompt_ids_of(
     files: TextFiles, prompt: str | Sequence[Message] | Sequence[int], system: str | None, raw: bool
 ) -> list[int]:
+    """The token ids of a prompt, as ``generate`` takes it.
+
+    Raises:
+        RequestError: an empty prompt, or a system message that has no place in it.
+    """
     if system is not None and (raw or not isinstance(prompt, str)):
         raise RequestError(
             "a system message goes with a text prompt and the chat template; put it into the "
@@ -255,10 +272,3 @@ def _prompt_ids(
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
     return files.prompt_ids(turns)
-
-
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    for index, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return index
-    return min(len(one), len(other))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
+from ml_dtypes import bfloat16
+from numpy.typing import NDArray
 
 from qwen2x.exporters.mlx_model import DTYPES, Cache, FloatCache, Place
-from qwen2x.quantize.errors import RequestError
+from qwen2x.runtimes.cache_file import CacheArrays
+from qwen2x.runtimes.memory import free_host_bytes, require_memory
 
 # CUDA's fused decode kernel needs capacities that are a multiple of this.
 STEP = 256
@@ -25,11 +27,13 @@ class Layout:
         layers: of the model.
         heads: of keys, and of values.
         parts: columns and type of the buffers [batch, heads, capacity, columns] of one layer.
+        names: of these parts.
     """
 
     layers: int
     heads: int
     parts: tuple[tuple[int, mx.Dtype], ...]
+    names: tuple[str, ...]
 
     @property
     def bytes_per_position(self) -> int:
@@ -50,7 +54,10 @@ def float_layout(facts: Mapping[str, Any]) -> Layout:
     """Keys and values in the bundle's float type, by its manifest's ``cache``."""
     part = (int(facts["head_dim"]), DTYPES[facts["dtype"]])
     return Layout(
-        layers=int(facts["layers"]), heads=int(facts["num_key_value_heads"]), parts=(part, part)
+        layers=int(facts["layers"]),
+        heads=int(facts["num_key_value_heads"]),
+        parts=(part, part),
+        names=("key", "value"),
     )
 
 
@@ -111,64 +118,65 @@ class Buffers:
         """What a model writes to and reads from, over these arrays or traced ones like them."""
         return FloatCache(arrays, place)
 
+    def export(self, length: int) -> CacheArrays:
+        """The first positions of the first sequence as NumPy sees them, by layer and part.
+
+        They hold on to the buffers, and are to be let go of before the next step.
+        """
+        return {
+            name: _to_numpy(array[0, :, :length])
+            for name, array in zip(self._names(), self.arrays, strict=True)
+        }
+
+    def put(self, arrays: CacheArrays, length: int) -> None:
+        """Takes over the first positions of the first sequence, one array after the other."""
+        for index, name in enumerate(self._names()):
+            buffer = self.arrays[index]
+            new = _from_numpy(arrays[name], buffer.dtype)
+            buffer[:1, :, :length] = new[None]
+            self.arrays[index] = buffer
+            del buffer, new
+            mx.eval(self.arrays[index])
+
+    def _names(self) -> list[str]:
+        return [
+            f"{layer}.{part}" for layer in range(self.layout.layers) for part in self.layout.names
+        ]
+
     def clear(self) -> None:
         """Gives the memory back."""
         self.arrays, self.extras = [], []
         mx.clear_cache()
 
     def _require_memory(self, capacity: int) -> None:
-        new = self._batch * self.layout.bytes_per_position * (capacity - self.capacity)
-        free = free_bytes()
-        if free is not None and new > free:
-            raise RequestError(
-                f"a KV cache for {capacity} positions needs {_gigabytes(new)} more memory, "
-                f"{_gigabytes(free)} are free; shorten the prompt, ask for fewer tokens, "
-                "or use an 8-bit cache"
-            )
+        require_memory(
+            capacity,
+            taken=self.capacity,
+            bytes_per_position=self._batch * self.layout.bytes_per_position,
+            free=free_bytes(),
+        )
+
+
+def _to_numpy(array: mx.array) -> NDArray[Any]:
+    """Shares the memory; NumPy's own types lack bfloat16, which goes through its bits."""
+    if array.dtype == mx.bfloat16:
+        return np.array(array.view(mx.uint16), copy=False).view(bfloat16)
+    return np.array(array, copy=False)
+
+
+def _from_numpy(values: NDArray[Any], dtype: mx.Dtype) -> mx.array:
+    if dtype == mx.bfloat16:
+        return mx.array(np.ascontiguousarray(values).view(np.uint16)).view(mx.bfloat16)
+    return mx.array(np.ascontiguousarray(values))
 
 
 def free_bytes() -> int | None:
     """Memory that arrays on MLX's default device may still take; None where nobody says."""
     device = mx.default_device()
     if device.type == mx.cpu:
-        return _free_host_bytes()
+        return free_host_bytes()
     info = mx.device_info(device)
     if "free_memory" in info:
         return int(info["free_memory"]) + mx.get_cache_memory()
     limit = info.get("max_recommended_working_set_size")
     return None if limit is None else max(0, int(limit) - mx.get_active_memory())
-
-
-def _free_host_bytes() -> int | None:
-    """What Linux calls available, within the control group's limit; else all of the memory."""
-    found = [_meminfo_available(), _control_group_rest()]
-    known = [value for value in found if value is not None]
-    if known:
-        return min(known)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _meminfo_available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(kilobytes[0]) << 10 if kilobytes else None
-
-
-def _control_group_rest() -> int | None:
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else max(0, int(limit) - used)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

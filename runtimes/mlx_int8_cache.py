@@ -44,7 +44,12 @@ def int8_layout(facts: Mapping[str, Any]) -> Layout:
     scales = (head_dim // group_size, mx.float32)
     parts = ((head_dim * BITS // 32, mx.uint32), scales, scales)
     return Layout(
-        layers=int(facts["layers"]), heads=int(facts["num_key_value_heads"]), parts=parts * 2
+        layers=int(facts["layers"]),
+        heads=int(facts["num_key_value_heads"]),
+        parts=parts * 2,
+        names=tuple(
+            f"{part}.{kind}" for part in ("key", "value") for kind in ("codes", "scales", "biases")
+        ),
     )
 
 

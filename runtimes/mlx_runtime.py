@@ -17,12 +17,15 @@ import numpy as np
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.mlx_model import Slices, Whole, load_model
 from qwen2x.quantize.errors import BackendError, RequestError
+from qwen2x.runtimes.cache_file import CacheArrays
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.mlx_cache import Buffers, float_layout
 from qwen2x.runtimes.mlx_int8_cache import Int8Buffers, int8_layout, take_key_biases
+from qwen2x.runtimes.mlx_memory import needs_of
 from qwen2x.runtimes.mlx_sampler import FAILED, MlxSampler
 from qwen2x.runtimes.runtime import (
     DEFAULT_CHUNK,
+    DEFAULT_PREFILL_MEMORY,
     CacheBookkeeping,
     Logits,
     TokenIds,
@@ -47,6 +50,7 @@ class MlxRuntime(CacheBookkeeping):
         *,
         device: str = "auto",
         prefill_chunk: int = DEFAULT_CHUNK,
+        prefill_memory: int = DEFAULT_PREFILL_MEMORY,
         kv_bits: int | None = None,
     ) -> None:
         super().__init__()
@@ -61,6 +65,9 @@ class MlxRuntime(CacheBookkeeping):
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight
         self.prefill_chunk = prefill_chunk
+        self.prefill_memory = prefill_memory
+        self.needs = needs_of(bundle, self.device, kv_bits)
+        self.cache_dtype = str(bundle.cache["dtype"]) if kv_bits is None else f"int{kv_bits}"
         self._mx_device = mx.cpu if self.device == "cpu" else mx.gpu
         self._is_compiled = self.device == "metal"
         self._compiled: Any = None
@@ -133,9 +140,9 @@ class MlxRuntime(CacheBookkeeping):
         self._require_fits(token_ids)
         self._require_room(self.cache_length + len(token_ids) + limit - 1)
         self._reserve(self.cache_length + len(token_ids))
-        start = (len(token_ids) - 1) // self.prefill_chunk * self.prefill_chunk
+        start, _ = self._pieces(len(token_ids))[-1]
         if start:
-            self.append(token_ids[:start])
+            self._run_pieces(token_ids[:start], 1, of=len(token_ids))
         running, past = token_ids[start:], self.cache_length
         with mx.stream(self._mx_device):
             sampler = MlxSampler(sampling, context, min(known, self.vocab_size))
@@ -145,6 +152,8 @@ class MlxRuntime(CacheBookkeeping):
             following = self._queue(choice, past, sampler) if left else choice
             token_id = int(np.array(choice)[0])
             self.cached_ids.extend(running)
+            if start and left == limit - 1:
+                self._tell(len(token_ids), len(token_ids))
             if token_id == FAILED:
                 raise RequestError(NOT_FINITE)
             yield token_id
@@ -162,6 +171,21 @@ class MlxRuntime(CacheBookkeeping):
             self._model.use_rope(mx.array(rope.inverse_frequencies()), rope.attention_factor)
         # Its traces hold the old frequencies.
         self._compiled = None
+
+    def export_cache(self, length: int) -> CacheArrays:
+        """See ``SavesCache``."""
+        with mx.stream(self._mx_device):
+            return self._buffers.export(length)
+
+    def import_cache(self, token_ids: Sequence[int], arrays: CacheArrays) -> None:
+        """See ``SavesCache``."""
+        token_ids = integers(token_ids)
+        self.reset()
+        self._require_fits(token_ids)
+        self._reserve(len(token_ids))
+        with mx.stream(self._mx_device):
+            self._buffers.put(arrays, len(token_ids))
+        self.cached_ids.extend(token_ids)
 
     def _reserve(self, length: int) -> None:
         with mx.stream(self._mx_device):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
+from ml_dtypes import bfloat16
+
+from qwen2x.runtimes.cache_file import CacheArrays
+from qwen2x.runtimes.memory import require_memory
+from qwen2x.runtimes.onnx_memory import free_bytes
 
 STEP = 256
 _BFLOAT16 = 16
@@ -21,6 +27,14 @@ _ELEMENT_TYPES: dict[str, Any] = {
 class OnnxCache(Protocol):
     """Binds keys and values of all layers to a run."""
 
+    def reserve(self, past: int, total: int) -> None:
+        """Makes room for ``total`` positions, of which ``past`` are there.
+
+        Raises:
+            RequestError: it takes more memory than there is; nothing has changed.
+        """
+        ...
+
     def bind(self, binding: Any, past: int, total: int) -> None:
         """Binds past keys and values of ``past`` positions, and room for ``total``."""
         ...
@@ -31,6 +45,14 @@ class OnnxCache(Protocol):
 
     def truncate(self, length: int) -> None:
         """Keeps the first ``length`` positions."""
+        ...
+
+    def export(self, length: int) -> CacheArrays:
+        """The first positions [heads, length, head size], by layer and part; views on the CPU."""
+        ...
+
+    def put(self, arrays: CacheArrays, length: int) -> None:
+        """Takes over what ``export`` gave; there is room for it."""
         ...
 
 
@@ -72,11 +94,15 @@ class SharedCache(_Layout):
         self._bound_to: Any = None
         self.capacity = 0
 
-    def bind(self, binding: Any, past: int, total: int) -> None:
-        """See ``OnnxCache``."""
+    def reserve(self, past: int, total: int) -> None:
+        """See ``OnnxCache``. What is reserved at once is never copied."""
         if total > self.capacity:
             self._bound_to = None
             self._grow(past, total)
+
+    def bind(self, binding: Any, past: int, total: int) -> None:
+        """See ``OnnxCache``."""
+        self.reserve(past, total)
         if self._bound_to is binding:
             return
         for part, buffer in self._buffers.items():
@@ -95,10 +121,36 @@ class SharedCache(_Layout):
             self._buffers.clear()
             self.capacity = 0
 
+    def export(self, length: int) -> CacheArrays:
+        """See ``OnnxCache``."""
+        return {
+            part: self._typed(buffer.numpy()[0, :, :length])
+            for part, buffer in self._buffers.items()
+        }
+
+    def put(self, arrays: CacheArrays, length: int) -> None:
+        """See ``OnnxCache``."""
+        for part, buffer in self._buffers.items():
+            values = buffer.numpy()
+            self._typed(values)[0, :, :length] = arrays[part]
+            if self._device != "cpu":
+                buffer.update_inplace(values)
+
+    def _typed(self, values: Any) -> Any:
+        return values.view(bfloat16) if self._element_type == _BFLOAT16 else values
+
     def _grow(self, past: int, total: int) -> None:
         step = max(STEP, self.capacity // 4)
         capacity = -(-max(total, self.capacity + step) // STEP) * STEP
         capacity = min(capacity, self._max_positions)
+        require_memory(
+            capacity,
+            taken=self.capacity,
+            bytes_per_position=len(self._parts)
+            * math.prod(self._shape(1))
+            * np.dtype(self._host_type).itemsize,
+            free=free_bytes(self._device),
+        )
         for part in self._parts:
             values = np.zeros(self._shape(capacity), self._host_type)
             if past:
@@ -121,6 +173,9 @@ class ConcatenatedCache(_Layout):
             for part in self._parts
         }
 
+    def reserve(self, past: int, total: int) -> None:
+        """Nothing to do: a run makes its room."""
+
     def bind(self, binding: Any, past: int, total: int) -> None:
         """See ``OnnxCache``."""
         for part, value in self._values.items():
@@ -136,6 +191,19 @@ class ConcatenatedCache(_Layout):
     def truncate(self, length: int) -> None:
         """See ``OnnxCache``."""
         self._values = {part: self._cut(value, length) for part, value in self._values.items()}
+
+    def export(self, length: int) -> CacheArrays:
+        """See ``OnnxCache``."""
+        return {part: value.numpy()[0, :, :length] for part, value in self._values.items()}
+
+    def put(self, arrays: CacheArrays, length: int) -> None:
+        """See ``OnnxCache``."""
+        self._values = {
+            part: ort.OrtValue.ortvalue_from_numpy(
+                np.ascontiguousarray(arrays[part][None, :, :length]), self._device, 0
+            )
+            for part in self._parts
+        }
 
     def _cut(self, value: Any, length: int) -> Any:
         # A copy: the old memory goes with its OrtValue.

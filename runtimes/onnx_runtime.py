@@ -13,10 +13,19 @@ import onnxruntime as ort
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
+from qwen2x.runtimes.cache_file import CacheArrays
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
+from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.profile import GraphRun, read_runs
-from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
+from qwen2x.runtimes.runtime import (
+    DEFAULT_CHUNK,
+    DEFAULT_PREFILL_MEMORY,
+    CacheBookkeeping,
+    Logits,
+    TokenIds,
+    integers,
+)
 
 GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -36,6 +45,7 @@ class OnnxRuntime(CacheBookkeeping):
         threads: int | None = None,
         prefill_chunk: int = DEFAULT_CHUNK,
         record: bool = False,
+        prefill_memory: int = DEFAULT_PREFILL_MEMORY,
     ) -> None:
         super().__init__()
         self._record = tempfile.TemporaryDirectory() if record else None
@@ -52,6 +62,9 @@ class OnnxRuntime(CacheBookkeeping):
         self._session: Any = _open_session(
             bundle, self.device, threads, record=Path(self._record.name) if self._record else None
         )
+        self.prefill_memory = prefill_memory
+        self.needs = needs_of(bundle, self.device, None)
+        self.cache_dtype = str(bundle.cache["dtype"])
         self._cache = make_cache(bundle.cache, self.device, self.max_context)
         self._binding: Any = self._session.io_binding()
         self._mask = np.ones((1, 256), np.int64)
@@ -124,6 +137,22 @@ class OnnxRuntime(CacheBookkeeping):
         self._binding = None
         self._cache.truncate(0)
         self._session = None
+
+    def export_cache(self, length: int) -> CacheArrays:
+        """See ``SavesCache``."""
+        return self._cache.export(length)
+
+    def import_cache(self, token_ids: Sequence[int], arrays: CacheArrays) -> None:
+        """See ``SavesCache``."""
+        token_ids = integers(token_ids)
+        self.reset()
+        self._require_fits(token_ids)
+        self._reserve(len(token_ids))
+        self._cache.put(arrays, len(token_ids))
+        self.cached_ids.extend(token_ids)
+
+    def _reserve(self, length: int) -> None:
+        self._cache.reserve(self.cache_length, length)
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         past, new = self.cache_length, token_ids.shape[1]

@@ -13,7 +13,6 @@ from typing import Literal
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.ropes import factor_refused
-from qwen2x.runtimes.runtime import Runtime
 
 Yarn = float | Literal["auto"]
 # Tokens of an answer whose length nobody says, for which a factor must leave room; of a model with
@@ -30,21 +29,20 @@ class RopeChoice:
 
 
 def choose_rope(
-    runtime: Runtime, prompt_tokens: int, max_tokens: int | None, yarn: Yarn = "auto"
+    every: Mapping[float, int], prompt_tokens: int, max_tokens: int | None, yarn: Yarn = "auto"
 ) -> RopeChoice:
     """The factor for a prompt and its answer.
 
     Args:
-        runtime: what will run them.
+        every: positions that each factor reaches, by factor, rising; as in ``Runtime``.
         prompt_tokens: of the prompt.
         max_tokens: new tokens that there must be room for. None takes what the factor has room
             for, at least 2,048 (or a quarter of the smallest context) if any factor has.
-        yarn: ``auto``, or a factor of the runtime.
+        yarn: ``auto``, or one of the factors.
 
     Raises:
         RequestError: a factor that it does not have, or no factor reaches far enough.
     """
-    every = runtime.rope_contexts
     if yarn != "auto" and yarn not in every:
         raise factor_refused(yarn, every)
     contexts = every if yarn == "auto" else {yarn: every[yarn]}

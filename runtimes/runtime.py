@@ -6,7 +6,7 @@ import importlib
 import operator
 import platform
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, cast, runtime_checkable
@@ -17,12 +17,16 @@ from numpy.typing import NDArray
 from qwen2x.exporters.bundle import is_bundle, open_bundle
 from qwen2x.quantize.errors import BackendError, RequestError
 from qwen2x.runtimes.backends import import_backend
+from qwen2x.runtimes.memory_needs import Chunking, MemoryNeeds
 from qwen2x.runtimes.ropes import OffersRopes, factor_refused
 from qwen2x.runtimes.sampler import Sampling
 
 Logits = NDArray[np.float32]
 TokenIds = NDArray[np.int64]
 DEFAULT_CHUNK = 512
+DEFAULT_PREFILL_MEMORY = 512_000_000
+# Told how many tokens of a prompt have been run, from 0 on, and of how many.
+OnPrefill = Callable[[int, int], None]
 
 
 class Runtime(Protocol):
@@ -37,6 +41,8 @@ class Runtime(Protocol):
         rope_factor: the YaRN factor in use, 1 for none: the checkpoint's own until ``use_rope``.
         eos_token_ids: tokens that end a text.
         cached_ids: the tokens whose keys and values are in the cache.
+        rope_factor: YaRN's, with which the keys in the cache were rotated; 1 is none.
+        on_prefill: is told before, between and after the pieces of a prompt that takes several.
         weight_bytes, bits_per_weight: of the weights as this runtime reads them.
     """
 
@@ -49,6 +55,7 @@ class Runtime(Protocol):
     rope_factor: float
     eos_token_ids: tuple[int, ...]
     cached_ids: list[int]
+    on_prefill: OnPrefill | None
     weight_bytes: int
     bits_per_weight: float
 
@@ -97,6 +104,10 @@ class Runtime(Protocol):
             lengths: valid tokens per row; all of them by default.
             positions: of the columns, rising; 0, 1, ... by default. A jump needs a single row.
         """
+        ...
+
+    def reserve(self, positions: int) -> None:
+        """Makes room in the cache for so many positions, and refuses more than memory holds."""
         ...
 
     def truncate(self, length: int) -> None:
@@ -164,6 +175,7 @@ def open_runtime(
     threads: int | None = None,
     verify: bool = False,
     prefill_chunk: int = DEFAULT_CHUNK,
+    prefill_memory: int = DEFAULT_PREFILL_MEMORY,
     graph: bool = False,
     kv_bits: int | None = None,
     record: bool = False,
@@ -179,7 +191,9 @@ def open_runtime(
             made for, if it is here; with mlx and torch a GPU, if there is one.
         threads: threads within an operator; by default one per physical core. MLX decides itself.
         verify: hash every file of the bundle first.
-        prefill_chunk: tokens of a prompt that are run at once.
+        prefill_chunk: tokens of a prompt that are run at once, at most.
+        prefill_memory: bytes that running them may take beside weights and cache: fewer tokens
+            are run at once where it would be more. With torch and graphs their own affair.
         graph: run an MLX folder's ``decode.mlxfn`` instead of our own forward pass.
         kv_bits: 8 keeps the KV cache of an MLX folder in 8 bits; by default it holds floats. An
             ONNX bundle has the cache that it was exported with, and 8 requires one in 8 bits.
@@ -193,8 +207,9 @@ def open_runtime(
         BackendError: a backend, device or extra that is missing here.
     """
     folder = Path(path)
-    if prefill_chunk < 1:
-        raise BackendError(f"prefill_chunk must be 1 or more, got {prefill_chunk}")
+    for name, limit in (("prefill_chunk", prefill_chunk), ("prefill_memory", prefill_memory)):
+        if limit < 1:
+            raise BackendError(f"{name} must be 1 or more, got {limit}")
     if backend not in (None, "onnx", "mlx", "torch"):
         raise BackendError(f"backend must be 'onnx', 'mlx' or 'torch', got {backend!r}")
     if backend == "torch" or (backend is None and not is_bundle(folder) and _is_source(folder)):
@@ -222,16 +237,15 @@ def open_runtime(
             "export it again with --kv-bits 8, or leave it out here"
         )
     module = import_backend(bundle.target)
+    limits = {"prefill_chunk": prefill_chunk, "prefill_memory": prefill_memory}
     opened: Runtime
     if graph:
         module = importlib.import_module("qwen2x.runtimes.mlx_graph_runtime")
         opened = module.MlxGraphRuntime(bundle, device=device)
     elif bundle.target == "mlx":
-        options = {"device": device, "prefill_chunk": prefill_chunk, "kv_bits": kv_bits}
-        opened = module.MlxRuntime(bundle, **options)
+        opened = module.MlxRuntime(bundle, device=device, kv_bits=kv_bits, **limits)
     else:
-        options = {"device": device, "prefill_chunk": prefill_chunk, "threads": threads}
-        opened = module.OnnxRuntime(bundle, **options, record=record)
+        opened = module.OnnxRuntime(bundle, device=device, threads=threads, record=record, **limits)
     return opened
 
 
@@ -258,7 +272,10 @@ class CacheBookkeeping(OffersRopes):
     """
 
     vocab_size: int
+    needs = MemoryNeeds()
     prefill_chunk: int = DEFAULT_CHUNK
+    prefill_memory: int = DEFAULT_PREFILL_MEMORY
+    on_prefill: OnPrefill | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,15 +293,23 @@ class CacheBookkeeping(OffersRopes):
         if not 1 <= keep <= len(token_ids):
             raise RequestError(f"keep must be in 1..{len(token_ids)}, got {keep}")
         self._reserve(self.cache_length + len(token_ids))
+        return self._run_pieces(token_ids, keep, of=len(token_ids))
+
+    def _run_pieces(self, token_ids: list[int], keep: int, *, of: int) -> Logits:
+        """Runs tokens piece by piece; with those that will follow they are so many."""
+        has_several = len(self._pieces(of)) > 1
+        if has_several:
+            self._tell(0, of)
         rows: list[Logits] = []
-        for start in range(0, len(token_ids), self.prefill_chunk):
-            chunk = token_ids[start : start + self.prefill_chunk]
-            end = start + len(chunk)
+        for start, end in self._pieces(len(token_ids)):
+            chunk = token_ids[start:end]
             wanted = max(0, min(len(chunk), end - (len(token_ids) - keep)))
             logits = self._run(np.array([chunk], np.int64), max(1, wanted))
             self.cached_ids.extend(chunk)
             if wanted:
                 rows.append(logits)
+            if has_several:
+                self._tell(end, of)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def prefill(self, token_ids: Sequence[int]) -> Logits:
@@ -296,6 +321,11 @@ class CacheBookkeeping(OffersRopes):
         """See ``Runtime``."""
         last: Logits = self.append([token_id])[-1]
         return last
+
+    def reserve(self, positions: int) -> None:
+        """See ``Runtime``."""
+        self._require_room(positions)
+        self._reserve(positions)
 
     def truncate(self, length: int) -> None:
         """See ``Runtime``."""
@@ -322,6 +352,17 @@ class CacheBookkeeping(OffersRopes):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _tell(self, done: int, total: int) -> None:
+        if self.on_prefill is not None:
+            self.on_prefill(done, total)
+
+    def _pieces(self, count: int) -> list[tuple[int, int]]:
+        """Start and end of what is run at once, of so many tokens behind the cache."""
+        chunking = Chunking(
+            most=self.prefill_chunk, memory_bytes=self.prefill_memory, needs=self.needs
+        )
+        return list(chunking.pieces(self.cache_length, count))
 
     def _reserve(self, length: int) -> None:
         """Told the length that the cache is about to have."""

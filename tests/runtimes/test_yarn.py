@@ -167,7 +167,7 @@ def test_factor_one_is_bit_for_bit_the_bundle_without_yarn(
 def test_auto_is_the_smallest_factor_that_reaches(
     runtime: Runtime, prompt: int, limit: int | None, factor: float, room: int
 ) -> None:
-    chosen = choose_rope(runtime, prompt, limit)
+    chosen = choose_rope(runtime.rope_contexts, prompt, limit)
     assert (chosen.factor, chosen.max_tokens) == (factor, room)
 
 
@@ -186,7 +186,7 @@ def test_what_no_factor_reaches_is_refused_with_the_one_that_would(
     runtime: Runtime, prompt: int, limit: int | None, yarn: Any, words: str
 ) -> None:
     with pytest.raises(RequestError, match=words):
-        choose_rope(runtime, prompt, limit, yarn)
+        choose_rope(runtime.rope_contexts, prompt, limit, yarn)
 
 
 def test_a_forced_factor_is_taken_for_a_short_prompt(runtime: Runtime) -> None:

@@ -1,0 +1,33 @@
+"""What an ONNX bundle's cache and runs take of memory, and what there is."""
+
+from __future__ import annotations
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from qwen2x.exporters.bundle import Bundle
+from qwen2x.runtimes.memory import free_host_bytes
+from qwen2x.runtimes.memory_needs import MemoryNeeds, activation_bytes
+
+_BYTES = {name: np.dtype(name).itemsize for name in ("float32", "float16", "int8")} | {
+    "bfloat16": np.dtype(bfloat16).itemsize
+}
+
+
+def needs_of(bundle: Bundle, device: str, kv_bits: int | None) -> MemoryNeeds:
+    """GroupQueryAttention keeps no scores (measured, onnxruntime 1.32, float32 and int8 cache)."""
+    cache = bundle.cache
+    numbers = 2 * cache["layers"] * cache["num_key_value_heads"] * cache["head_dim"]
+    return MemoryNeeds(
+        per_position=numbers * _BYTES[cache["dtype"]], per_token=activation_bytes(bundle)
+    )
+
+
+def choose_device(bundle: Bundle, device: str) -> str:
+    """Where a bundle is run; ``auto`` is what it was made for."""
+    return bundle.device if device == "auto" else device
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory for a cache; None where nobody says."""
+    return free_host_bytes() if device == "cpu" else None
