@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +25,7 @@ from qwen2x.cli.options import (
 )
 from qwen2x.cli.output import log
 from qwen2x.cli.run import timings_of
+from qwen2x.cli.speculating import speculating, speculation_options, speculation_text
 from qwen2x.quantize.errors import RequestError
 
 if TYPE_CHECKING:
@@ -53,9 +55,16 @@ _WHOLE_NUMBERS = ("top_k", "seed")
 @quantize_options
 @sampling_options
 @system_option
+@speculation_options
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed after each answer.")
 def command(
-    model: str, max_tokens: int | None, system: str | None, verbose: bool, **options: Any
+    model: str,
+    max_tokens: int | None,
+    system: str | None,
+    speculate: bool,
+    draft: Path | None,
+    verbose: bool,
+    **options: Any,
 ) -> None:
     """Talk with MODEL: a bundle, a Hugging Face folder, or a hub id.
 
@@ -64,12 +73,15 @@ def command(
     leaves. /help lists the commands.
     """
     given = take_sampling(options)
-    with open_model(model, **options) as runtime:
+    guessing: dict[str, Any] = {"speculate": speculate, "draft": draft}
+    guessing["threads"] = options["threads"]
+    with open_model(model, **options) as runtime, speculating(runtime, **guessing) as ahead:
         talk = Conversation(
             runtime=runtime,
             sampling=sampling_for(runtime, given),
             max_tokens=max_tokens,
             is_verbose=verbose,
+            speculate=ahead,
         )
         talk.begin(system)
         if sys.stdin is not None and sys.stdin.isatty():
@@ -107,12 +119,19 @@ class Conversation:
     """The messages so far; answers are added as they were shown."""
 
     def __init__(
-        self, *, runtime: Runtime, sampling: Sampling, max_tokens: int | None, is_verbose: bool
+        self,
+        *,
+        runtime: Runtime,
+        sampling: Sampling,
+        max_tokens: int | None,
+        is_verbose: bool,
+        speculate: bool | Runtime = False,
     ) -> None:
         self._runtime = runtime
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._is_verbose = is_verbose
+        self._speculate = speculate
         self.messages: list[Message] = []
 
     def begin(self, system: str | None) -> None:
@@ -178,7 +197,11 @@ class Conversation:
         try:
             messages, dropped = self._shifted([*self.messages, {"role": "user", "content": text}])
             answer = generate(
-                self._runtime, messages, max_tokens=self._max_tokens, sampling=self._sampling
+                self._runtime,
+                messages,
+                max_tokens=self._max_tokens,
+                sampling=self._sampling,
+                speculate=self._speculate,
             )
         except RequestError as error:
             log(f"{error} (this message is forgotten, /clear forgets all)")
@@ -195,7 +218,7 @@ class Conversation:
             speed = timings_of(answer, 0.0)["decode_tokens_per_s"]
             log(
                 f"{len(answer.prompt_ids)} prompt tokens ({answer.cached_tokens} cached), "
-                f"{len(answer.token_ids)} new at {speed:.1f}/s"
+                f"{len(answer.token_ids)} new at {speed:.1f}/s{speculation_text(answer)}"
             )
 
     def _shifted(self, messages: list[Message]) -> tuple[list[Message], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,12 @@ from qwen2x.cli.options import (
 )
 from qwen2x.cli.output import log, print_json
 from qwen2x.cli.prompt import read_prompt
+from qwen2x.cli.speculating import (
+    speculating,
+    speculation_of,
+    speculation_options,
+    speculation_text,
+)
 
 if TYPE_CHECKING:
     from qwen2x.runtimes.generate import Generation
@@ -42,6 +49,7 @@ Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0
     help="A string that ends the text and is not shown. Repeatable. Default: none.",
 )
 @system_option
+@speculation_options
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without chat template.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed on standard error.")
 @json_option
@@ -52,6 +60,8 @@ def command(
     stop: tuple[str, ...],
     system: str | None,
     raw: bool,
+    speculate: bool,
+    draft: Path | None,
     verbose: bool,
     as_json: bool,
     **options: Any,
@@ -72,7 +82,9 @@ def command(
     given = take_sampling(options)
     text = read_prompt(prompt)
     started = time.perf_counter()
-    with open_model(model, **options) as runtime:
+    guessing: dict[str, Any] = {"speculate": speculate, "draft": draft}
+    guessing["threads"] = options["threads"]
+    with open_model(model, **options) as runtime, speculating(runtime, **guessing) as ahead:
         load_s = time.perf_counter() - started
         answer = generate(
             runtime,
@@ -82,6 +94,7 @@ def command(
             stop=stop,
             system=system,
             raw=raw,
+            speculate=ahead,
         )
         if as_json:
             print_json(result_of(answer.run(), load_s))
@@ -109,6 +122,7 @@ def result_of(answer: Generation, load_s: float) -> dict[str, Any]:
         "backend": answer.runtime.backend,
         "device": answer.runtime.device,
         "timings": timings_of(answer, load_s),
+        "speculation": speculation_of(answer),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
@@ -118,7 +132,7 @@ def _log_speed(answer: Generation, load_s: float) -> None:
     log(
         f"{len(answer.prompt_ids)} prompt tokens at {timings['prefill_tokens_per_s']:.1f}/s, "
         f"{len(answer.token_ids)} new at {timings['decode_tokens_per_s']:.1f}/s, "
-        f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s"
+        f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s{speculation_text(answer)}"
     )
 
 

@@ -13,8 +13,11 @@ from typing import Any, Literal
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
+from qwen2x.runtimes.draft_model import DraftModel, require_same_tokenizer
+from qwen2x.runtimes.prompt_lookup import PromptLookup
 from qwen2x.runtimes.runtime import Runtime, SamplesAhead, integers
 from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
+from qwen2x.runtimes.speculation import SpeculationCounts, guess_ahead
 from qwen2x.runtimes.tokenizer import StopFilter, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -100,6 +103,8 @@ class Generation:
     max_tokens: int
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    speculate: bool | Runtime = False
+    speculation: SpeculationCounts | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -164,6 +169,9 @@ class Generation:
         fresh = self.prompt_ids[self.cached_tokens :]
         # Rows of a padded vocabulary have no text; they are never chosen.
         known = read_text_files(runtime.folder).tokenizer.size
+        if self.speculate is not False:
+            yield from self._speculated(fresh, known)
+            return
         if isinstance(runtime, SamplesAhead):
             context, limit = self.prompt_ids, self.max_tokens
             yield from runtime.sample_ahead(
@@ -177,6 +185,18 @@ class Generation:
             yield token_id
             logits = runtime.decode(token_id)
 
+    def _speculated(self, fresh: list[int], known: int) -> Generator[int, None, None]:
+        runtime, prompt = self.runtime, self.prompt_ids
+        counts = self.speculation = SpeculationCounts()
+        logits = runtime.prefill(fresh)
+        drafter = (
+            PromptLookup(prompt)
+            if isinstance(self.speculate, bool)
+            else DraftModel(self.speculate, prompt, known)
+        )
+        sampler, limit = Sampler(self.sampling, prompt), self.max_tokens
+        yield from guess_ahead(runtime, logits, sampler, drafter, counts, known=known, limit=limit)
+
 
 def generate(
     runtime: Runtime,
@@ -188,6 +208,7 @@ def generate(
     system: str | None = None,
     raw: bool = False,
     ignore_eos: bool = False,
+    speculate: bool | Runtime = False,
 ) -> Generation:
     """Answers a prompt.
 
@@ -200,9 +221,12 @@ def generate(
         system: the system message, with a text prompt and without raw.
         raw: continue the text, without the chat template.
         ignore_eos: go on to the limit, for measurements.
+        speculate: guess ahead, where that is faster: from the text itself, or with a smaller model
+            of the same family. The text stays what it would be.
 
     Raises:
-        RequestError: an empty prompt, one longer than the context, or settings out of range.
+        RequestError: an empty prompt, one longer than the context, settings out of range, or a
+            smaller model with another tokenizer.
     """
     files = read_text_files(runtime.folder)
     prompt_ids = _prompt_ids(files, prompt, system, raw)
@@ -217,6 +241,8 @@ def generate(
         limit = room
     elif isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise RequestError(f"max tokens must be an integer of 1 or more, got {limit!r}")
+    if not isinstance(speculate, bool):
+        require_same_tokenizer(runtime, speculate)
     return Generation(
         runtime=runtime,
         prompt_ids=prompt_ids,
@@ -224,6 +250,7 @@ def generate(
         max_tokens=min(limit, room),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         ignore_eos=ignore_eos,
+        speculate=speculate,
     )
 
 
