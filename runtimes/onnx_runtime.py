@@ -111,6 +111,24 @@ class OnnxRuntime(CacheBookkeeping):
         kept: Logits = rows[0]
         return kept
 
+    def run_rows(
+        self, cache: OnnxCache, token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int
+    ) -> Logits:
+        """Runs rows behind a cache of the caller's; logits float32 [batch, keep, vocab].
+
+        Args:
+            cache: of the batch; it is not told what was run.
+            token_ids: int64 [batch, sequence].
+            mask: [batch, total], which positions of the cache and the new ones are valid.
+            positions: int64 [batch, sequence].
+            keep: logits of the last so many tokens.
+        """
+        rows = np.empty((len(token_ids), keep, self.vocab_size), np.float32)
+        past, total = mask.shape[1] - token_ids.shape[1], mask.shape[1]
+        inputs = _inputs(token_ids, mask, positions, keep)
+        self._run_bound(self._session.io_binding(), inputs, rows, cache, past, total)
+        return rows
+
     def _run_bound(
         self,
         binding: Any,
