@@ -7,9 +7,10 @@ from collections.abc import Sequence
 # Places of a pair of tokens that are compared, the latest first, and how far back.
 _CANDIDATES = 8
 _REACH = 32
-# By the bits of the matched length: 1, 2-3, 4-7, 8-15, 16 and more tokens. How often the next token
-# is that of the match, before anything is known of the text.
-_CHANCES = (0.0, 0.3, 0.3, 0.6, 0.8, 0.9)
+# How often the next token is that of the match, before anything is known of the text: behind 1, 2,
+# 3, 4, 5-7, 8-15, and 16 or more tokens that match.
+_CHANCES = (0.3, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9)
+_SINGLE = 4
 _WEIGHT = 0.1
 
 
@@ -41,8 +42,8 @@ class PromptLookup:
         was_followed = self._matched > 0
         is_hit = was_followed and self._tokens[self._place] == token_id
         if was_followed:
-            bits = _bits(self._matched)
-            self._chances[bits] += _WEIGHT * (is_hit - self._chances[bits])
+            kind = _kind(self._matched)
+            self._chances[kind] += _WEIGHT * (is_hit - self._chances[kind])
         self._append(token_id)
         self._place += 1
         if is_hit:
@@ -56,7 +57,7 @@ class PromptLookup:
         """See ``Drafter``."""
         if not self._matched:
             return []
-        return [self._chances[_bits(self._matched + ahead)] for ahead in range(limit)]
+        return [self._chances[_kind(self._matched + ahead)] for ahead in range(limit)]
 
     def draft(self, count: int) -> list[int]:
         """See ``Drafter``. A match that reaches the end of the text goes on with the guesses."""
@@ -86,5 +87,8 @@ class PromptLookup:
                 self._place, self._matched = place, matched
 
 
-def _bits(matched: int) -> int:
-    return min(matched.bit_length(), len(_CHANCES) - 1)
+def _kind(matched: int) -> int:
+    """Where in the table of chances a match of so many tokens belongs."""
+    if matched <= _SINGLE:
+        return matched - 1
+    return min(matched.bit_length() + 1, len(_CHANCES) - 1)

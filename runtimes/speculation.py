@@ -22,6 +22,8 @@ from qwen2x.runtimes.sampler import Sampler
 LONGEST = 15
 # Of the time of a pass, what one more row is believed to cost before that is measured.
 _USUAL_SHARE = 0.25
+# A row cannot well cost more than a pass of its own; what was measured above is a disturbance.
+_MOST_SHARE = 1.0
 # How far a new measurement moves the last one, and how far each step moves it to what is usual:
 # one bad measurement must not end speculation for good.
 _WEIGHT = 0.3
@@ -130,7 +132,7 @@ class Costs:
             self._share += _FORGET * (_USUAL_SHARE - self._share)
         elif self._single:
             share = (seconds / self._single - 1) / (rows - 1)
-            self._share = _moved(self._share, max(0.0, share))
+            self._share = _moved(self._share, min(_MOST_SHARE, max(0.0, share)))
 
     def best_length(self, chances: Sequence[float], seconds_per_guess: float) -> int:
         """How many guesses give the most tokens per second; 0 where one by one is as fast."""
