@@ -323,9 +323,10 @@ def test_how_much_is_guessed_follows_chances_and_costs() -> None:
     assert costs_of(0.01, 0.011).best_length([0.9] * 15, 0.01) == 0
 
 
-def test_one_bad_measurement_is_forgotten() -> None:
+def test_bad_measurements_are_forgotten() -> None:
     costs = costs_of(0.01, 0.011)
-    costs.record(2, 10.0)
+    for _ in range(9):
+        costs.record(2, 10.0)
     assert costs.best_length([0.95] * 15, 0.0) == 0
     for _ in range(300):
         costs.record(1, 0.01)
