@@ -51,6 +51,11 @@ _SHOWN_OPERATORS = 8
     help="Also show where a prefill and a decode step go: operators, sampling, Python, and reading "
     "the weights. Default: speeds only.",
 )
+@click.option(
+    "--batch",
+    type=click.IntRange(2, 64),
+    help="Also measure so many sequences that decode together. Default: one alone.",
+)
 @place_options
 @yarn_option
 @json_option
@@ -70,6 +75,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
                         f"({result['prompt_tokens']} tokens)"),
             ("decode", f"{result['decode_tokens_per_s']:.1f} tokens/s "
                        f"({result['new_tokens']} tokens)"),
+            *_batch_lines(result),
             ("first token", f"{result['time_to_first_token_s']:.3f} s"),
             ("load", f"{result['load_s']:.2f} s"),
             ("weights", size_text(result["weight_bytes"])),
@@ -118,12 +124,25 @@ def _sum_of(name: str, operators: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     }
 
 
+def _batch_lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    if "batch" not in result:
+        return []
+    together, alone = result["batch_decode_tokens_per_s"], result["single_decode_tokens_per_s"]
+    return [
+        (
+            f"batch of {result['batch']}",
+            f"{together:.1f} tokens/s together, {together / alone:.2f} times one alone",
+        )
+    ]
+
+
 def run_bench(
     bundle: Path,
     *,
     prompt_tokens: int = 512,
     new_tokens: int = 128,
     repeat: int = 3,
+    batch: int | None = None,
     threads: int | None = None,
     device: str = "auto",
     graph: bool = False,
@@ -134,7 +153,7 @@ def run_bench(
 ) -> dict[str, Any]:
     """The object that ``bench --json`` prints; each run is told on standard error unless quiet."""
     from qwen2x.cli.judging import read_text
-    from qwen2x.runtimes.bench import bench
+    from qwen2x.runtimes.bench import bench, bench_batch, prompt_of
     from qwen2x.runtimes.generate import read_text_files
     from qwen2x.runtimes.profile import profile
     from qwen2x.runtimes.runtime import open_runtime
@@ -155,6 +174,11 @@ def run_bench(
             (lambda run, speed: None) if quiet else (lambda run, speed: _tell(run, speed, repeat))
         )
         speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat, tell, yarn=yarn)
+        together: dict[str, Any] = {}
+        if batch is not None:
+            prompt = prompt_of(text_ids, prompt_tokens)
+            measured = bench_batch(runtime, prompt, new_tokens, batch, repeat)
+            together = {"batch": batch, **vars(measured)}
         result: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
@@ -162,6 +186,7 @@ def run_bench(
             "prefill_tokens_per_s": speed.prefill_tokens_per_s,
             "decode_tokens_per_s": speed.decode_tokens_per_s,
             "time_to_first_token_s": speed.time_to_first_token_s,
+            **together,
             "load_s": load_s,
             "weight_bytes": runtime.weight_bytes,
             "bits_per_weight": runtime.bits_per_weight,

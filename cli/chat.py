@@ -27,6 +27,7 @@ from qwen2x.cli.options import (
 )
 from qwen2x.cli.output import log, prefill_progress
 from qwen2x.cli.run import rope_text, timings_of
+from qwen2x.cli.speculating import speculating, speculation_options, speculation_text
 from qwen2x.quantize.errors import RequestError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ _WHOLE_NUMBERS = ("top_k", "seed")
 @system_option
 @yarn_option
 @prompt_cache_option
+@speculation_options
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed after each answer.")
 def command(
     model: str,
@@ -67,6 +69,8 @@ def command(
     system: str | None,
     yarn: Any,
     prompt_cache: Path | None,
+    speculate: bool,
+    draft: Path | None,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -80,7 +84,10 @@ def command(
 
     given = take_sampling(options)
     kept = PromptCache(prompt_cache) if prompt_cache else None
-    with open_model(model, yarn=yarn, **options) as runtime:
+    guessing: dict[str, Any] = {"speculate": speculate, "draft": draft}
+    guessing["threads"] = options["threads"]
+    opening = open_model(model, yarn=yarn, **options)
+    with opening as runtime, speculating(runtime, **guessing) as ahead:
         runtime.on_prefill = prefill_progress(is_verbose=verbose)
         if kept is not None:
             kept.check(runtime)
@@ -91,6 +98,7 @@ def command(
             yarn=yarn,
             prompt_cache=kept,
             is_verbose=verbose,
+            speculate=ahead,
         )
         talk.begin(system)
         if sys.stdin is not None and sys.stdin.isatty():
@@ -136,6 +144,7 @@ class Conversation:
         yarn: Yarn,
         prompt_cache: PromptCache | None,
         is_verbose: bool,
+        speculate: bool | Runtime = False,
     ) -> None:
         self._runtime = runtime
         self._sampling = sampling
@@ -143,6 +152,7 @@ class Conversation:
         self._yarn: Yarn = yarn
         self._prompt_cache = prompt_cache
         self._is_verbose = is_verbose
+        self._speculate = speculate
         self.messages: list[Message] = []
 
     def begin(self, system: str | None) -> None:
@@ -214,6 +224,7 @@ class Conversation:
                 sampling=self._sampling,
                 yarn=self._yarn,
                 prompt_cache=self._prompt_cache,
+                speculate=self._speculate,
             )
         except RequestError as error:
             log(f"{error} (this message is forgotten, /clear forgets all)")
@@ -232,6 +243,7 @@ class Conversation:
             log(
                 f"{len(answer.prompt_ids)} prompt tokens ({answer.cached_tokens} cached), "
                 f"{len(answer.token_ids)} new at {speed:.1f}/s{rope_text(answer)}"
+                f"{speculation_text(answer)}"
             )
 
     def _keep_prompt(self, answer: Generation) -> None:

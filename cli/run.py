@@ -24,6 +24,12 @@ from qwen2x.cli.options import (
 )
 from qwen2x.cli.output import log, prefill_progress, print_json
 from qwen2x.cli.prompt import read_prompt
+from qwen2x.cli.speculating import (
+    speculating,
+    speculation_of,
+    speculation_options,
+    speculation_text,
+)
 
 if TYPE_CHECKING:
     from qwen2x.runtimes.generate import Generation
@@ -48,6 +54,7 @@ Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0
 @system_option
 @yarn_option
 @prompt_cache_option
+@speculation_options
 @click.option("--raw", is_flag=True, help="Continue the text as it is, without chat template.")
 @click.option("--dry-run", is_flag=True, help="Only show tokens, KV cache and memory.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tokens and speed on standard error.")
@@ -62,6 +69,8 @@ def command(
     raw: bool,
     prompt_cache: Path | None,
     dry_run: bool,
+    speculate: bool,
+    draft: Path | None,
     verbose: bool,
     as_json: bool,
     **options: Any,
@@ -96,7 +105,10 @@ def command(
         return
     kept = PromptCache(prompt_cache) if prompt_cache else None
     started = time.perf_counter()
-    with open_model(model, yarn=yarn, **options) as runtime:
+    guessing: dict[str, Any] = {"speculate": speculate, "draft": draft}
+    guessing["threads"] = options["threads"]
+    opening = open_model(model, yarn=yarn, **options)
+    with opening as runtime, speculating(runtime, **guessing) as ahead:
         load_s = time.perf_counter() - started
         runtime.on_prefill = prefill_progress(is_verbose=verbose, quiet=as_json)
         answer = generate(
@@ -109,6 +121,7 @@ def command(
             raw=raw,
             yarn=yarn,
             prompt_cache=kept,
+            speculate=ahead,
         )
         try:
             if as_json:
@@ -144,6 +157,7 @@ def result_of(answer: Generation, load_s: float) -> dict[str, Any]:
         "backend": answer.runtime.backend,
         "device": answer.runtime.device,
         "timings": timings_of(answer, load_s),
+        "speculation": speculation_of(answer),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
@@ -155,6 +169,7 @@ def _log_speed(answer: Generation, load_s: float) -> None:
         f"{timings['prefill_tokens_per_s']:.1f}/s, {len(answer.token_ids)} new at "
         f"{timings['decode_tokens_per_s']:.1f}/s, "
         f"ended by {answer.finish_reason}, loaded in {load_s:.2f} s{rope_text(answer)}"
+        f"{speculation_text(answer)}"
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from qwen2x.quantize.errors import RequestError
+from qwen2x.runtimes.batch import Batch, open_batch
 from qwen2x.runtimes.rope_choice import Yarn, choose_rope
 from qwen2x.runtimes.runtime import Runtime, SamplesAhead
 from qwen2x.runtimes.sampler import Sampler, Sampling
@@ -71,6 +72,58 @@ def bench(
             for name in Speed.__dataclass_fields__
         }
     )
+
+
+def prompt_of(text_ids: Sequence[int], prompt_tokens: int) -> list[int]:
+    """A prompt of that length, cut from a text that is repeated where it is too short."""
+    copies = -(-prompt_tokens // len(text_ids))
+    return (list(text_ids) * copies)[:prompt_tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSpeed:
+    """Tokens per second of all sequences of a batch together, and of one alone, in turn."""
+
+    batch_decode_tokens_per_s: float
+    single_decode_tokens_per_s: float
+
+
+def bench_batch(
+    runtime: Runtime, prompt: Sequence[int], new_tokens: int, sequences: int, repeat: int
+) -> BatchSpeed:
+    """Greedy answers of several sequences, which decode together, to one prompt.
+
+    One alone is measured between them, so that both see the same machine; medians of the repeats.
+
+    Raises:
+        BackendError: this runtime has no batches.
+    """
+    seconds: dict[int, list[float]] = {1: [], sequences: []}
+    batch = open_batch(runtime, sequences)
+    try:
+        for _ in range(repeat + 1):
+            for count, runs in seconds.items():
+                runs.append(_together(batch, count, prompt, new_tokens))
+    finally:
+        batch.close()
+    speeds = {count: count * (new_tokens - 1) / median(runs[1:]) for count, runs in seconds.items()}
+    return BatchSpeed(
+        batch_decode_tokens_per_s=speeds[sequences], single_decode_tokens_per_s=speeds[1]
+    )
+
+
+def _together(batch: Batch, count: int, prompt: Sequence[int], new_tokens: int) -> float:
+    """Seconds of all tokens but the first ones."""
+    slots = [batch.open_slot() for _ in range(count)]
+    tokens = [int(slot.prefill(prompt).argmax()) for slot in slots]
+    started = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        logits = batch.decode(list(zip(slots, tokens, strict=True)))
+        tokens = [int(row.argmax()) for row in logits]
+    seconds = time.perf_counter() - started
+    for slot in slots:
+        slot.close()
+    return seconds
 
 
 def _once(runtime: Runtime, prompt: list[int], new_tokens: int) -> tuple[float, float]:

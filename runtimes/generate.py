@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
+from qwen2x.runtimes.draft_model import DraftModel, require_same_tokenizer
 from qwen2x.runtimes.prompt_cache import PromptCache, common_prefix
+from qwen2x.runtimes.prompt_lookup import PromptLookup
 from qwen2x.runtimes.rope_choice import Yarn, choose_rope
 from qwen2x.runtimes.runtime import Runtime, SamplesAhead, integers
 from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
+from qwen2x.runtimes.speculation import SpeculationCounts, guess_ahead
 from qwen2x.runtimes.tokenizer import StopFilter, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -109,6 +112,8 @@ class Generation:
     rope_factor: float | None = None
     room: int = 0
     prompt_cache: PromptCache | None = None
+    speculate: bool | Runtime = False
+    speculation: SpeculationCounts | None = None
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -180,6 +185,9 @@ class Generation:
         fresh = self.prompt_ids[self.cached_tokens :]
         # Rows of a padded vocabulary have no text; they are never chosen.
         known = read_text_files(runtime.folder).tokenizer.size
+        if self.speculate is not False:
+            yield from self._speculated(fresh, known)
+            return
         if isinstance(runtime, SamplesAhead):
             context, limit = self.prompt_ids, self.max_tokens
             yield from runtime.sample_ahead(
@@ -192,6 +200,18 @@ class Generation:
             token_id = sampler.choose(logits[:known])
             yield token_id
             logits = runtime.decode(token_id)
+
+    def _speculated(self, fresh: list[int], known: int) -> Generator[int, None, None]:
+        runtime, prompt = self.runtime, self.prompt_ids
+        counts = self.speculation = SpeculationCounts()
+        logits = runtime.prefill(fresh)
+        drafter = (
+            PromptLookup(prompt)
+            if isinstance(self.speculate, bool)
+            else DraftModel(self.speculate, prompt, known)
+        )
+        sampler, limit = Sampler(self.sampling, prompt), self.max_tokens
+        yield from guess_ahead(runtime, logits, sampler, drafter, counts, known=known, limit=limit)
 
 
 def generate(
@@ -206,6 +226,7 @@ def generate(
     ignore_eos: bool = False,
     yarn: Yarn = "auto",
     prompt_cache: PromptCache | None = None,
+    speculate: bool | Runtime = False,
 ) -> Generation:
     """Answers a prompt.
 
@@ -222,11 +243,15 @@ def generate(
         yarn: ``auto`` takes the smallest factor of the bundle that reaches over prompt and answer;
             a number takes that one.
         prompt_cache: a file with the KV cache of an earlier prompt; ``save`` is up to the caller.
+        speculate: guess ahead, where that is faster: from the text itself, or with a smaller model
+            of the same family. The text stays what it would be.
 
     Raises:
         RequestError: an empty prompt, one that does not fit the context with its answer, a factor
-            that is not there, or settings out of range.
+            that is not there, settings out of range, or a smaller model with another tokenizer.
     """
+    if not isinstance(speculate, bool):
+        require_same_tokenizer(runtime, speculate)
     files = read_text_files(runtime.folder)
     prompt_ids = prompt_ids_of(files, prompt, system, raw)
     limit = files.generation.get("max_new_tokens") if max_tokens is None else max_tokens
@@ -243,6 +268,7 @@ def generate(
         rope_factor=chosen.factor,
         room=len(prompt_ids) + (max_tokens or 0),
         prompt_cache=prompt_cache,
+        speculate=speculate,
     )
 
 

@@ -24,8 +24,16 @@ _ELEMENT_TYPES: dict[str, Any] = {
 }
 
 
-class OnnxCache(Protocol):
+class BindsCache(Protocol):
     """Binds keys and values of all layers to a run."""
+
+    def bind(self, binding: Any, past: int, total: int) -> None:
+        """Binds past keys and values of ``past`` positions, and room for ``total``."""
+        ...
+
+
+class OnnxCache(BindsCache, Protocol):
+    """Keys and values that stay from one run to the next."""
 
     def reserve(self, past: int, total: int) -> None:
         """Makes room for ``total`` positions, of which ``past`` are there.
@@ -33,10 +41,6 @@ class OnnxCache(Protocol):
         Raises:
             RequestError: it takes more memory than there is; nothing has changed.
         """
-        ...
-
-    def bind(self, binding: Any, past: int, total: int) -> None:
-        """Binds past keys and values of ``past`` positions, and room for ``total``."""
         ...
 
     def collect(self, binding: Any) -> None:

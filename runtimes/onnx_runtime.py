@@ -15,7 +15,7 @@ from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.cache_file import CacheArrays
 from qwen2x.runtimes.layers import Hidden
-from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
+from qwen2x.runtimes.onnx_cache import BindsCache, ConcatenatedCache, make_cache
 from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.profile import GraphRun, read_runs
 from qwen2x.runtimes.runtime import (
@@ -178,18 +178,38 @@ class OnnxRuntime(CacheBookkeeping):
             "num_logits_to_keep": keep,
         }
         if len(self.rope_contexts) > 1:
-            values["rope_index"] = np.array([list(self.rope_contexts).index(self.rope_factor)])
+            values["rope_index"] = np.full(
+                len(token_ids), list(self.rope_contexts).index(self.rope_factor)
+            )
         return {
             name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
             for name, value in values.items()
         }
+
+    def run_rows(
+        self, cache: BindsCache, token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int
+    ) -> Logits:
+        """Runs rows behind a cache of the caller's; logits float32 [batch, keep, vocab].
+
+        Args:
+            cache: of the batch; it is not told what was run.
+            token_ids: int64 [batch, sequence].
+            mask: [batch, total], which positions of the cache and the new ones are valid.
+            positions: int64 [batch, sequence].
+            keep: logits of the last so many tokens.
+        """
+        rows = np.empty((len(token_ids), keep, self.vocab_size), np.float32)
+        past, total = mask.shape[1] - token_ids.shape[1], mask.shape[1]
+        inputs = self._inputs(token_ids, mask, positions, keep)
+        self._run_bound(self._session.io_binding(), inputs, rows, cache, past, total)
+        return rows
 
     def _run_bound(
         self,
         binding: Any,
         inputs: dict[str, Any],
         rows: Logits,
-        cache: OnnxCache,
+        cache: BindsCache,
         past: int,
         total: int,
     ) -> None:

@@ -30,7 +30,12 @@ class Tokenizer:
     @cached_property
     def size(self) -> int:
         """Tokens that have a text; a model's vocabulary may be padded beyond."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.vocabulary.values()) + 1
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens in it are taken as such, none are added."""

@@ -49,6 +49,15 @@ def test_bench_shows_where_the_time_goes(call: Call, int4_bundle: Path) -> None:
         assert word in shown
 
 
+def test_bench_measures_a_batch_beside_one_alone(call: Call, int4_bundle: Path) -> None:
+    result = call("bench", int4_bundle, *SHORT, "--batch", "3", "--json").json
+    assert result["batch"] == 3
+    assert result["batch_decode_tokens_per_s"] > 0
+    assert result["single_decode_tokens_per_s"] > 0
+    assert "batch of 3" in call("bench", int4_bundle, *SHORT, "--batch", "3").out
+    assert "--batch" in call("bench", int4_bundle, *SHORT, "--batch", "1").complaint
+
+
 def test_bench_tells_of_every_run_as_it_ends(call: Call, int4_bundle: Path) -> None:
     lines = call("bench", int4_bundle, *SHORT).err.splitlines()
     speeds = r"prefill [\d.]+ tokens/s, decode [\d.]+ tokens/s"
