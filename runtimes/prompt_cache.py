@@ -48,8 +48,9 @@ class SavesCache(Protocol):
 class PromptCache:
     """One file. Whatever a prompt shares with it from the beginning on is not run again.
 
-    It is written where it is missing, and where more of the prompt had to be run than came out of
-    a cache: another question about the same text leaves it as it is, another text replaces it.
+    It is written where it is missing, and where more of a prompt had to be run than came out of a
+    cache, and more than half of what the file holds: another question about the same text, or a
+    short one about something else, leaves it as it is; another long text replaces it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,7 +93,8 @@ class PromptCache:
                 self._require_alike(self._file.arrays, saving.export_cache(0))
                 saving.import_cache(prompt_ids[:shared], _beginning(self._file.arrays, shared))
                 held = shared
-        self._is_due = self._file is None or len(prompt_ids) - held > held
+        kept = 0 if self._file is None else len(self._file.token_ids)
+        self._is_due = self._file is None or len(prompt_ids) - held > max(held, kept // 2)
         if self._is_due:
             require_disk(self.path, len(prompt_ids) * saving.needs.per_position)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_pieces_cover_a_prompt_and_depend_on_what_is_before_alone() -> None:
     pieces = list(chunking.pieces(0, 1000))
     assert pieces[0][0] == 0
     assert pieces[-1][1] == 1000
-    assert all(one[1] == other[0] for one, other in zip(pieces, pieces[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in pairwise(pieces))
     assert list(chunking.pieces(0, pieces[4][1])) == pieces[:5]
     behind = [(a + pieces[4][1], b + pieces[4][1]) for a, b in chunking.pieces(pieces[4][1], 300)]
     assert behind[:3] == pieces[5:8]
