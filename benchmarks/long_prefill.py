@@ -3,9 +3,9 @@
     python -m benchmarks.long_prefill CHECKPOINT [--tokens 16384 32768] [--threads 2] [--rounds 1]
 
 Ours is a 4-bit ONNX bundle, plainly rounded, and the same with an 8-bit cache if ``--kv-bits`` is
-given; llama.cpp's is its Q4_0 with its own defaults (pieces of 512, flash attention where it chooses
-so, a float16 cache). Each is a process of its own, in turn; peak memory is the kernel's count for it.
-Speed does not include loading. ``beyond_bytes`` is ours beyond the bundle's weights and the cache.
+given; llama.cpp's is its Q4_0 with its own defaults (pieces of 512, flash attention where it
+chooses so, a float16 cache). Each is a process of its own, in turn, and says its peak memory. Speed
+does not include loading. ``beyond_bytes`` is ours beyond the bundle's weights and the cache.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main() -> None:
         text = long_text(Tokenizer(args.checkpoint), max(args.tokens))
         ids = folder / "ids.json"
         ids.write_text(json.dumps(Tokenizer(args.checkpoint).encode(text)), encoding="utf-8")
-        kinds = {"qwen2x": (), **({"qwen2x, 8-bit cache": ("--kv-bits", "8")} * args.kv_bits)}
+        kinds: dict[str, tuple[str, ...]] = {"qwen2x": ()}
+        if args.kv_bits:
+            kinds["qwen2x, 8-bit cache"] = ("--kv-bits", "8")
         measures: dict[str, Measure] = {}
         for number, (name, options) in enumerate(kinds.items()):
             bundle = folder / f"ours-{number}"

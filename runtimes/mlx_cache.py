@@ -100,7 +100,7 @@ class Buffers:
         if positions <= self.capacity:
             return
         capacity = -(-positions // STEP) * STEP
-        self._require_memory(capacity)
+        self.require_memory(capacity)
         if not self.arrays:
             self.arrays = self.layout.zeros(self._batch, capacity)
             return
@@ -148,7 +148,8 @@ class Buffers:
         self.arrays, self.extras = [], []
         mx.clear_cache()
 
-    def _require_memory(self, capacity: int) -> None:
+    def require_memory(self, capacity: int) -> None:
+        """Refuses what memory has no room for, with a RequestError."""
         require_memory(
             capacity,
             taken=self.capacity,

@@ -163,6 +163,15 @@ class MlxRuntime(CacheBookkeeping):
         self._buffers = Buffers(self._buffers.layout)
         self._model = self._compiled = self._make_buffers = None
 
+    def reserve(self, positions: int) -> None:
+        """See ``Runtime``. A compiled step sees the whole cache, which is better kept short."""
+        if not self._is_compiled:
+            super().reserve(positions)
+            return
+        self._require_room(positions)
+        with mx.stream(self._mx_device):
+            self._buffers.require_memory(positions)
+
     def export_cache(self, length: int) -> CacheArrays:
         """See ``SavesCache``."""
         with mx.stream(self._mx_device):

@@ -12,6 +12,7 @@ import pytest
 
 from qwen2x.exporters.exporter import export
 from qwen2x.runtimes import onnx_memory
+from tests.cli.command import PROGRAM, environment
 from tests.cli.conftest import Call
 from tests.tiny_checkpoint import EXAMPLE
 
@@ -175,6 +176,20 @@ def test_verbose_output_tells_how_far_a_long_prompt_is(
         assert told[-1].endswith(" 0 s left")
         assert call(*words).err == ""
         assert "read " not in call(*words, "-v", "--json").err
+
+
+def test_a_terminal_shows_one_line_that_goes(float_bundle: Path, tmp_path: Path) -> None:
+    pexpect = pytest.importorskip("pexpect")
+    (tmp_path / "prompt").write_text(DOCUMENT * 2, encoding="utf-8")
+    line = f"{PROGRAM} run {float_bundle} - --raw {' '.join(GREEDY)} <{tmp_path}/prompt"
+    child = pexpect.spawn(shutil.which("sh"), ["-c", f"{line} >{tmp_path}/out"], env=environment())
+    shown = child.read().decode()
+    child.close()
+    assert child.exitstatus == 0
+    assert "\rread 512 of " in shown
+    assert shown.endswith("\r\x1b[K")
+    assert "\n" not in shown
+    assert "read 512" not in (tmp_path / "out").read_text("utf-8")
 
 
 def test_inspect_shows_the_cache_of_the_whole_context(

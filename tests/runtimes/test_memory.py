@@ -106,6 +106,20 @@ def test_an_answer_makes_room_once(make_bundle: MakeBundle, random_checkpoint: P
         assert cache.capacity == 512
 
 
+def test_a_compiled_step_keeps_its_cache_short(
+    make_bundle: MakeBundle, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees all of it, so room for an answer to come would slow every token down."""
+    with opened(make_bundle, random_checkpoint, "mlx") as runtime:
+        monkeypatch.setattr(runtime, "_is_compiled", True)
+        runtime.append(IDS[:10])
+        runtime.reserve(500)
+        assert runtime._buffers.capacity == 256  # type: ignore[attr-defined]
+        monkeypatch.setattr("qwen2x.runtimes.mlx_cache.free_bytes", lambda: 1000)
+        with pytest.raises(RequestError, match="a KV cache for 500 positions needs"):
+            runtime.reserve(500)
+
+
 @pytest.mark.parametrize("backend", ["onnx", "mlx"])
 def test_a_cache_beyond_the_memory_is_refused_with_what_fits(
     make_bundle: MakeBundle, random_checkpoint: Path, backend: str, monkeypatch: pytest.MonkeyPatch
