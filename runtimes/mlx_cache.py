@@ -132,7 +132,7 @@ class Buffers:
         """Takes over the first positions of the first sequence, one array after the other."""
         for index, name in enumerate(self._names()):
             buffer = self.arrays[index]
-            new = _from_numpy(arrays[name], buffer.dtype)
+            new = _from_numpy(arrays[name][:, :length], buffer.dtype)
             buffer[:1, :, :length] = new[None]
             self.arrays[index] = buffer
             del buffer, new

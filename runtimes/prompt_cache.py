@@ -41,7 +41,7 @@ class SavesCache(Protocol):
         ...
 
     def import_cache(self, token_ids: Sequence[int], arrays: CacheArrays) -> None:
-        """Replaces the cache by that of these tokens, which may be the first of more."""
+        """Replaces the cache by that of these tokens; the arrays may have more positions."""
         ...
 
 
@@ -91,7 +91,7 @@ class PromptCache:
                 runtime.reset()
                 runtime.reserve(max(room, shared))
                 self._require_alike(self._file.arrays, saving.export_cache(0))
-                saving.import_cache(prompt_ids[:shared], _beginning(self._file.arrays, shared))
+                saving.import_cache(prompt_ids[:shared], self._file.arrays)
                 held = shared
         kept = 0 if self._file is None else len(self._file.token_ids)
         self._is_due = self._file is None or len(prompt_ids) - held > max(held, kept // 2)
@@ -107,7 +107,6 @@ class PromptCache:
         count = common_prefix(runtime.cached_ids, prompt_ids)
         if not self._is_due or count < len(prompt_ids):
             return False
-        # Mapped, it would keep Windows from replacing it.
         self._file = None
         arrays = _require_saving(runtime).export_cache(count)
         write_cache_file(self.path, _key(runtime), list(prompt_ids), arrays)
@@ -169,7 +168,3 @@ def _forms(arrays: CacheArrays) -> dict[str, tuple[int, int, str]]:
         name: (values.shape[0], values.shape[2], values.dtype.name)
         for name, values in arrays.items()
     }
-
-
-def _beginning(arrays: CacheArrays, length: int) -> CacheArrays:
-    return {name: values[:, :length] for name, values in arrays.items()}
