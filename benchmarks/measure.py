@@ -43,14 +43,15 @@ with open(sys.argv[1], "w") as file:
 """
 
 
-def run_measured(command: Sequence[object]) -> Run:
+def run_measured(command: Sequence[object], *, stdin: Path = Path(os.devnull)) -> Run:
     """Runs a command to its end; peak memory is the kernel's count for it (and its children)."""
     words = [str(part) for part in command]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, stdin.open("rb") as given:
         note = Path(folder) / "usage.json"
         started = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _LAUNCHER, note, *words],
+            stdin=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -64,9 +65,9 @@ def run_measured(command: Sequence[object]) -> Run:
     return Run(seconds=seconds, peak_memory_bytes=peak * unit, output=done.stdout)
 
 
-def run_json(command: Sequence[object]) -> dict[str, Any]:
+def run_json(command: Sequence[object], *, stdin: Path = Path(os.devnull)) -> dict[str, Any]:
     """The JSON object that a command prints (its last line, or all of it)."""
-    output = run_measured(command).output.strip()
+    output = run_measured(command, stdin=stdin).output.strip()
     try:
         value: dict[str, Any] = json.loads(output)
     except ValueError:
@@ -87,12 +88,13 @@ def build_with_genai(environment: Environment, checkpoint: Path, out: Path) -> R
     )  # fmt: skip
 
 
-def write_result(name: str, result: Mapping[str, Any]) -> None:
+def write_result(name: str, result: Mapping[str, Any], *, keep: bool = True) -> None:
     """Prints a result and keeps it in ``benchmarks/results/NAME.json``."""
     whole = {"machine": machine(), "date": datetime.now(UTC).date().isoformat(), **result}
-    RESULTS.mkdir(exist_ok=True)
     text = json.dumps(whole, indent=2)
-    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    if keep:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

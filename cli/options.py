@@ -93,8 +93,8 @@ prompt_cache_option = click.option(
     "--prompt-cache",
     type=click.Path(path_type=Path),
     help="A file that keeps the KV cache of a long prompt: what another prompt with this bundle "
-    "begins with as well is not read again. It is written where it is missing, and where more of a "
-    "prompt is new than was known. Default: none.",
+    "begins with as well is not read again. It is written where it is missing, and when another "
+    "long text takes its place. Default: none.",
 )
 
 model_options = _together(

@@ -35,17 +35,58 @@ _TYPES: dict[str, Any] = {
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 _IDS, _CHECKSUMS, _METADATA = "token_ids", "checksums", "__metadata__"
 _LENGTH_BYTES, _ALIGNMENT, _MOST_HEADER = 8, 8, 16 << 20
+_BLOCK = 1 << 20
 # Beside the tensors, what a header may take and a disk shall keep.
 _SPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheFile:
-    """What a file holds; arrays are mapped and read where they are used."""
+    """What a file holds."""
 
     metadata: Mapping[str, str]
     token_ids: list[int]
     arrays: CacheArrays
+
+
+class MappedArrays(Mapping[str, NDArray[Any]]):
+    """Tensors of a file; each is mapped when it is asked for, and as long as it is held.
+
+    Args:
+        path: the file.
+        places: type, shape and offset of its tensors.
+    """
+
+    def __init__(self, path: Path, places: Mapping[str, Place]) -> None:
+        self._path = path
+        self._places = places
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        place = self._places[name]
+        values: NDArray[Any] = np.memmap(
+            self._path, place.dtype, "r", offset=place.offset, shape=place.shape
+        )
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor lies in a file, and what it is."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if self.bytes != self.dtype.itemsize * math.prod(self.shape) or self.bytes <= 0:
+            raise ValueError(f"{self.bytes} bytes for a shape of {self.shape}")
 
 
 def write_cache_file(
@@ -96,28 +137,28 @@ def require_disk(path: Path, count: int) -> None:
 
 
 def read_cache_file(path: Path) -> CacheFile:
-    """Maps a file, whose every byte is checked.
+    """Reads a file once, to check every byte; its arrays are mapped later.
 
     Raises:
         RequestError: no file of this kind, cut, or damaged.
     """
     try:
-        metadata, tensors = _map(path)
-        checksums = tensors.pop(_CHECKSUMS)
-        found = [_checksum(values) for values in tensors.values()]
-        if checksums.tolist() != found:
-            wrong = [name for name, a, b in zip(tensors, checksums, found, strict=True) if a != b]
-            raise ValueError(f"other bytes than were written in {wrong[0]}")
-        token_ids: list[int] = tensors.pop(_IDS).tolist()
-        for name, values in tensors.items():
-            if values.ndim != 3 or values.shape[1] != len(token_ids):
-                raise ValueError(f"{name} has shape {values.shape} for {len(token_ids)} tokens")
+        with path.open("rb") as file:
+            metadata, places = _read_header(file, path.stat().st_size)
+            checksums = _read(file, places.pop(_CHECKSUMS)).tolist()
+            for (name, place), checksum in zip(places.items(), checksums, strict=True):
+                if _checksum(file, place) != checksum:
+                    raise ValueError(f"other bytes than were written in {name}")
+            token_ids: list[int] = _read(file, places.pop(_IDS)).tolist()
+        for name, place in places.items():
+            if len(place.shape) != 3 or place.shape[1] != len(token_ids):
+                raise ValueError(f"{name} has shape {place.shape} for {len(token_ids)} tokens")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise RequestError(
             f"{path} is no whole prompt cache ({reason}); delete it and it is made again"
         ) from None
-    return CacheFile(metadata=metadata, token_ids=token_ids, arrays=tensors)
+    return CacheFile(metadata=metadata, token_ids=token_ids, arrays=MappedArrays(path, places))
 
 
 def _write(
@@ -154,29 +195,44 @@ def _blocks(values: NDArray[Any]) -> Iterator[memoryview]:
         yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
 
 
-def _checksum(values: NDArray[Any]) -> int:
-    checksum = 0
-    for block in _blocks(values):
-        checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _map(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
-    """Metadata and mapped tensors; fails as dictionaries and NumPy do where something is amiss."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES).ljust(_LENGTH_BYTES, b"\0"))
-        if not 0 < length <= min(size - _LENGTH_BYTES, _MOST_HEADER):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        entries = json.loads(file.read(length))
+def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Place]]:
+    """Metadata and places; fails as dictionaries and NumPy do where something is amiss."""
+    (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES).ljust(_LENGTH_BYTES, b"\0"))
+    if not 0 < length <= min(size - _LENGTH_BYTES, _MOST_HEADER):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    entries = json.loads(file.read(length))
     metadata = {str(key): str(value) for key, value in entries.pop(_METADATA).items()}
-    start = _LENGTH_BYTES + length
-    ends = [entry["data_offsets"][1] for entry in entries.values()]
-    if start + max(ends) != size:
-        raise ValueError(f"{size} bytes, expected {start + max(ends)}")
-    data = np.memmap(path, np.uint8, "r")
-    tensors = {}
+    places = {}
+    end = _LENGTH_BYTES + length
     for name, entry in entries.items():
-        begin, end = (start + offset for offset in entry["data_offsets"])
-        tensors[name] = data[begin:end].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
-    return metadata, tensors
+        begin, until = entry["data_offsets"]
+        place = Place(
+            dtype=np.dtype(_TYPES[entry["dtype"]]),
+            shape=tuple(entry["shape"]),
+            offset=_LENGTH_BYTES + length + begin,
+            bytes=until - begin,
+        )
+        if place.offset != end:
+            raise ValueError(f"{name} begins at {place.offset}, expected {end}")
+        end += place.bytes
+        places[name] = place
+    if end != size:
+        raise ValueError(f"{size} bytes, expected {end}")
+    return metadata, places
+
+
+def _read(file: BinaryIO, place: Place) -> NDArray[Any]:
+    file.seek(place.offset)
+    return np.frombuffer(file.read(place.bytes), place.dtype).reshape(place.shape)
+
+
+def _checksum(file: BinaryIO, place: Place) -> int:
+    file.seek(place.offset)
+    checksum, left = 0, place.bytes
+    while left:
+        block = file.read(min(left, _BLOCK))
+        if not block:
+            raise ValueError("it ends too early")
+        checksum = zlib.crc32(block, checksum)
+        left -= len(block)
+    return checksum

@@ -100,7 +100,7 @@ class Buffers:
         if positions <= self.capacity:
             return
         capacity = -(-positions // STEP) * STEP
-        self._require_memory(capacity)
+        self.require_memory(capacity)
         if not self.arrays:
             self.arrays = self.layout.zeros(self._batch, capacity)
             return
@@ -132,7 +132,7 @@ class Buffers:
         """Takes over the first positions of the first sequence, one array after the other."""
         for index, name in enumerate(self._names()):
             buffer = self.arrays[index]
-            new = _from_numpy(arrays[name], buffer.dtype)
+            new = _from_numpy(arrays[name][:, :length], buffer.dtype)
             buffer[:1, :, :length] = new[None]
             self.arrays[index] = buffer
             del buffer, new
@@ -148,7 +148,8 @@ class Buffers:
         self.arrays, self.extras = [], []
         mx.clear_cache()
 
-    def _require_memory(self, capacity: int) -> None:
+    def require_memory(self, capacity: int) -> None:
+        """Refuses what memory has no room for, with a RequestError."""
         require_memory(
             capacity,
             taken=self.capacity,

@@ -172,6 +172,15 @@ class MlxRuntime(CacheBookkeeping):
         # Its traces hold the old frequencies.
         self._compiled = None
 
+    def reserve(self, positions: int) -> None:
+        """See ``Runtime``. A compiled step sees the whole cache, which is better kept short."""
+        if not self._is_compiled:
+            super().reserve(positions)
+            return
+        self._require_room(positions)
+        with mx.stream(self._mx_device):
+            self._buffers.require_memory(positions)
+
     def export_cache(self, length: int) -> CacheArrays:
         """See ``SavesCache``."""
         with mx.stream(self._mx_device):

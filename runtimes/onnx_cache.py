@@ -136,7 +136,7 @@ class SharedCache(_Layout):
         """See ``OnnxCache``."""
         for part, buffer in self._buffers.items():
             values = buffer.numpy()
-            self._typed(values)[0, :, :length] = arrays[part]
+            self._typed(values)[0, :, :length] = arrays[part][:, :length]
             if self._device != "cpu":
                 buffer.update_inplace(values)
 

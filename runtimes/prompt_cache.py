@@ -41,15 +41,16 @@ class SavesCache(Protocol):
         ...
 
     def import_cache(self, token_ids: Sequence[int], arrays: CacheArrays) -> None:
-        """Replaces the cache by that of these tokens, which may be the first of more."""
+        """Replaces the cache by that of these tokens; the arrays may have more positions."""
         ...
 
 
 class PromptCache:
     """One file. Whatever a prompt shares with it from the beginning on is not run again.
 
-    It is written where it is missing, and where more of the prompt had to be run than came out of
-    a cache: another question about the same text leaves it as it is, another text replaces it.
+    It is written where it is missing, and where more of a prompt had to be run than came out of a
+    cache, and more than half of what the file holds: another question about the same text, or a
+    short one about something else, leaves it as it is; another long text replaces it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,9 +91,10 @@ class PromptCache:
                 runtime.reset()
                 runtime.reserve(max(room, shared))
                 self._require_alike(self._file.arrays, saving.export_cache(0))
-                saving.import_cache(prompt_ids[:shared], _beginning(self._file.arrays, shared))
+                saving.import_cache(prompt_ids[:shared], self._file.arrays)
                 held = shared
-        self._is_due = self._file is None or len(prompt_ids) - held > held
+        kept = 0 if self._file is None else len(self._file.token_ids)
+        self._is_due = self._file is None or len(prompt_ids) - held > max(held, kept // 2)
         if self._is_due:
             require_disk(self.path, len(prompt_ids) * saving.needs.per_position)
 
@@ -105,7 +107,6 @@ class PromptCache:
         count = common_prefix(runtime.cached_ids, prompt_ids)
         if not self._is_due or count < len(prompt_ids):
             return False
-        # Mapped, it would keep Windows from replacing it.
         self._file = None
         arrays = _require_saving(runtime).export_cache(count)
         write_cache_file(self.path, _key(runtime), list(prompt_ids), arrays)
@@ -167,7 +168,3 @@ def _forms(arrays: CacheArrays) -> dict[str, tuple[int, int, str]]:
         name: (values.shape[0], values.shape[2], values.dtype.name)
         for name, values in arrays.items()
     }
-
-
-def _beginning(arrays: CacheArrays, length: int) -> CacheArrays:
-    return {name: values[:, :length] for name, values in arrays.items()}

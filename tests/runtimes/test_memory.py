@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_pieces_cover_a_prompt_and_depend_on_what_is_before_alone() -> None:
     pieces = list(chunking.pieces(0, 1000))
     assert pieces[0][0] == 0
     assert pieces[-1][1] == 1000
-    assert all(one[1] == other[0] for one, other in itertools.pairwise(pieces))
+    assert all(one[1] == other[0] for one, other in pairwise(pieces))
     assert list(chunking.pieces(0, pieces[4][1])) == pieces[:5]
     behind = [(a + pieces[4][1], b + pieces[4][1]) for a, b in chunking.pieces(pieces[4][1], 300)]
     assert behind[:3] == pieces[5:8]
@@ -104,6 +104,20 @@ def test_an_answer_makes_room_once(make_bundle: MakeBundle, random_checkpoint: P
         generate(runtime, IDS, max_tokens=200, sampling=Sampling(temperature=0)).run()
         assert grown == [500]
         assert cache.capacity == 512
+
+
+def test_a_compiled_step_keeps_its_cache_short(
+    make_bundle: MakeBundle, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees all of it, so room for an answer to come would slow every token down."""
+    with opened(make_bundle, random_checkpoint, "mlx") as runtime:
+        monkeypatch.setattr(runtime, "_is_compiled", True)
+        runtime.append(IDS[:10])
+        runtime.reserve(500)
+        assert runtime._buffers.capacity == 256  # type: ignore[attr-defined]
+        monkeypatch.setattr("qwen2x.runtimes.mlx_cache.free_bytes", lambda: 1000)
+        with pytest.raises(RequestError, match="a KV cache for 500 positions needs"):
+            runtime.reserve(500)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "mlx"])
