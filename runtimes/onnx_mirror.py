@@ -104,4 +104,4 @@ def _mirrored_zeros(shape: list[int], dtype: np.dtype[Any], times: int) -> Any:
         os.close(file)
     memory = (ctypes.c_byte * size).from_address(start)
     weakref.finalize(memory, libc.munmap, start, size * times)
-    return np.frombuffer(memory, dtype).reshape(shape)
+    return np.frombuffer(memoryview(memory), dtype).reshape(shape)
