@@ -109,7 +109,7 @@ def rounding_of(runtime: Runtime, kind: str, positions: int = 192) -> dict[str, 
     runtime.truncate(256)
     together = np.concatenate(
         [
-            runtime.append(ids[start : start + TOGETHER], keep=TOGETHER)
+            runtime.decode_guessed(ids[start : start + TOGETHER])
             for start in range(256, 256 + positions, TOGETHER)
         ]
     )

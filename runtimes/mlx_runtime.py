@@ -33,6 +33,9 @@ from qwen2x.runtimes.runtime import (
 )
 from qwen2x.runtimes.sampler import NOT_FINITE, Sampling
 
+# Passes of so few tokens, as of guesses, leave little memory behind that is worth giving back.
+_FEW = 16
+
 
 class MlxRuntime(CacheBookkeeping):
     """One model with one cache; see ``Runtime`` for what its methods give.
@@ -205,7 +208,7 @@ class MlxRuntime(CacheBookkeeping):
             rows = self._forward(mx.array(token_ids, mx.int32), self.cache_length, keep)
             mx.eval(rows, self._buffers.arrays)
             kept: Logits = np.array(rows[0])
-        if token_ids.shape[1] > 1:
+        if token_ids.shape[1] > _FEW:
             mx.clear_cache()
         return kept
 

@@ -156,7 +156,7 @@ class SharedCache(_Layout):
             free=free_bytes(self._device),
         )
         for part in self._parts:
-            values = np.zeros(self._shape(capacity), self._host_type)
+            values = self._zeros(self._shape(capacity))
             if past:
                 # A view of the old buffer's memory, which lives while the buffer does.
                 values[:, :, :past] = self._buffers[part].numpy()[:, :, :past]
@@ -164,6 +164,9 @@ class SharedCache(_Layout):
             self._buffers[part] = ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
         # Last: after an interruption some buffers are larger, and the next call grows all again.
         self.capacity = capacity
+
+    def _zeros(self, shape: list[int]) -> Any:
+        return np.zeros(shape, self._host_type)
 
 
 class ConcatenatedCache(_Layout):

@@ -15,8 +15,9 @@ from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.cache_file import CacheArrays
 from qwen2x.runtimes.layers import Hidden
-from qwen2x.runtimes.onnx_cache import BindsCache, ConcatenatedCache, make_cache
+from qwen2x.runtimes.onnx_cache import BindsCache, ConcatenatedCache, SharedCache, make_cache
 from qwen2x.runtimes.onnx_memory import needs_of
+from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
 from qwen2x.runtimes.profile import GraphRun, read_runs
 from qwen2x.runtimes.runtime import (
     DEFAULT_CHUNK,
@@ -29,6 +30,7 @@ from qwen2x.runtimes.runtime import (
 
 GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_MIRRORED_ROWS = 16
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -167,6 +169,37 @@ class OnnxRuntime(CacheBookkeeping):
         kept: Logits = rows[0]
         return kept
 
+    def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
+        """See ``Runtime``; on the CPU each token is run as a row of its own, on one cache."""
+        token_ids = integers(token_ids)
+        past, rows = self.cache_length, len(token_ids)
+        cache = self._mirrored_cache() if 1 < rows <= _MIRRORED_ROWS and past else None
+        if cache is None:
+            return super().decode_guessed(token_ids)
+        self._require_fits(token_ids)
+        positions = past + np.arange(rows)[:, None]
+        mask = np.arange(past + rows)[None] <= positions
+        inputs = self._inputs(np.array(token_ids)[:, None], mask, positions, 1)
+        logits = np.empty((rows, 1, self.vocab_size), np.float32)
+        binding = self._session.io_binding()
+        self._run_bound(binding, inputs, logits, _AsRows(cache, rows), past, past + rows)
+        self.cached_ids.extend(token_ids)
+        guessed: Logits = logits[:, 0]
+        return guessed
+
+    def _mirrored_cache(self) -> MirroredCache | None:
+        """The cache, taken over by one that several rows can share; None where that cannot be."""
+        cache = self._cache
+        if isinstance(cache, MirroredCache):
+            return cache
+        facts, most = self.bundle.cache, self.max_context
+        if not isinstance(cache, SharedCache) or not can_mirror(facts, self.device, most):
+            return None
+        mirrored = MirroredCache(cache, facts, most, self.cache_length, _MIRRORED_ROWS)
+        self._cache = mirrored
+        self._binding = self._session.io_binding()
+        return mirrored
+
     def _inputs(
         self, token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int
     ) -> dict[str, Any]:
@@ -229,6 +262,17 @@ class OnnxRuntime(CacheBookkeeping):
         if length == 0:
             # The binding holds references to the old buffers.
             self._binding = self._session.io_binding()
+
+
+class _AsRows:
+    """A mirrored cache that is bound as those of several rows."""
+
+    def __init__(self, cache: MirroredCache, rows: int) -> None:
+        self._cache, self._rows = cache, rows
+
+    def bind(self, binding: Any, past: int, total: int) -> None:
+        """See ``BindsCache``."""
+        self._cache.bind_rows(binding, self._rows, past, total)
 
 
 def available_devices() -> list[str]:

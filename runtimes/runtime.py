@@ -90,6 +90,13 @@ class Runtime(Protocol):
         """Runs one token behind the cache and gives its logits float32 [vocab]."""
         ...
 
+    def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
+        """Runs tokens behind the cache in one pass and gives all rows float32 [tokens, vocab].
+
+        Where the kernels allow it, each is in every bit what ``decode`` gives.
+        """
+        ...
+
     def logits(
         self,
         token_ids: TokenIds,
@@ -326,6 +333,10 @@ class CacheBookkeeping(OffersRopes):
         """See ``Runtime``."""
         self._require_room(positions)
         self._reserve(positions)
+
+    def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
+        """See ``Runtime``."""
+        return self.append(token_ids, keep=len(token_ids))
 
     def truncate(self, length: int) -> None:
         """See ``Runtime``."""

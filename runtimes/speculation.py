@@ -99,7 +99,7 @@ def guess_ahead(
         guesses = drafter.draft(costs.best_length(chances, drafter.seconds_per_token))
         past = runtime.cache_length
         started = time.perf_counter()
-        rows = runtime.append([token, *guesses], keep=1 + len(guesses))
+        rows = runtime.decode_guessed([token, *guesses])
         costs.record(len(rows), time.perf_counter() - started)
         counts.passes += 1
         counts.drafted += len(guesses)
