@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen2x.quantize.errors import RequestError
+from qwen2x.runtimes.cache_bookkeeping import integers
 from qwen2x.runtimes.chat import ChatTemplate, Message, read_chat_template
 from qwen2x.runtimes.draft_model import DraftModel, require_same_tokenizer
 from qwen2x.runtimes.prompt_cache import PromptCache, common_prefix
 from qwen2x.runtimes.prompt_lookup import PromptLookup
 from qwen2x.runtimes.rope_choice import Yarn, choose_rope
-from qwen2x.runtimes.runtime import Runtime, SamplesAhead, integers
+from qwen2x.runtimes.runtime import Runtime, SamplesAhead
 from qwen2x.runtimes.sampler import Sampler, Sampling, read_sampling
 from qwen2x.runtimes.speculation import SpeculationCounts, guess_ahead
 from qwen2x.runtimes.tokenizer import StopFilter, Tokenizer

@@ -11,8 +11,9 @@ import numpy as np
 
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.quantize.errors import BackendError, BundleError
+from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping
 from qwen2x.runtimes.mlx_runtime import choose_device
-from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
+from qwen2x.runtimes.runtime import Logits, TokenIds
 
 GRAPH_FILE = "decode.mlxfn"
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2x.quantize.errors import RequestError
+from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping
 from qwen2x.runtimes.onnx_cache import STEP
 from qwen2x.runtimes.onnx_runtime import OnnxRuntime
-from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
+from qwen2x.runtimes.runtime import Logits, TokenIds
 
 
 class OnnxBatch:

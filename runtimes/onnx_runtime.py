@@ -13,20 +13,14 @@ import onnxruntime as ort
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
+from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping, integers
 from qwen2x.runtimes.cache_file import CacheArrays
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import BindsCache, ConcatenatedCache, SharedCache, make_cache
 from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
 from qwen2x.runtimes.profile import GraphRun, read_runs
-from qwen2x.runtimes.runtime import (
-    DEFAULT_CHUNK,
-    DEFAULT_PREFILL_MEMORY,
-    CacheBookkeeping,
-    Logits,
-    TokenIds,
-    integers,
-)
+from qwen2x.runtimes.runtime import DEFAULT_CHUNK, DEFAULT_PREFILL_MEMORY, Logits, TokenIds
 
 GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -59,7 +59,7 @@ class PromptCache:
         self._is_due = False
 
     def check(self, runtime: Runtime) -> None:
-        """Reads the file, if there is one.
+        """Reads the file, if there is one; its factor need only be one of the runtime's.
 
         Raises:
             RequestError: a runtime that has no such cache, a file that is damaged or belongs to
@@ -69,7 +69,10 @@ class PromptCache:
         if self._file is None and self.path.exists():
             self._file = read_cache_file(self.path)
         if self._file is not None:
-            self._require_same(self._file, runtime)
+            factors = {f"{factor:g}" for factor in runtime.rope_contexts}
+            found = self._file.metadata.get("rope_factor")
+            ignored = {"rope_factor"} if found in factors else set()
+            self._require_same(self._file, runtime, ignored)
 
     def load(self, runtime: Runtime, prompt_ids: Sequence[int], room: int) -> None:
         """Gives a runtime what the file has of a prompt, if that is more than it has itself.
@@ -84,6 +87,8 @@ class PromptCache:
         """
         saving = _require_saving(runtime)
         self.check(runtime)
+        if self._file is not None:
+            self._require_same(self._file, runtime)
         held = common_prefix(runtime.cached_ids, prompt_ids)
         if self._file is not None:
             shared = common_prefix(self._file.token_ids, prompt_ids)
@@ -113,13 +118,15 @@ class PromptCache:
         self._is_due = False
         return True
 
-    def _require_same(self, file: CacheFile, runtime: Runtime) -> None:
+    def _require_same(
+        self, file: CacheFile, runtime: Runtime, ignored: Set[str] = frozenset()
+    ) -> None:
         """Raises RequestError where the file is of something else, with all that differs."""
         wanted = _key(runtime)
         differing = [
             f"{name} {file.metadata.get(name, 'unknown')[:20]}, expected {value[:20]}"
             for name, value in wanted.items()
-            if file.metadata.get(name) != value
+            if name not in ignored and file.metadata.get(name) != value
         ]
         if differing:
             raise RequestError(

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from transformers import DynamicCache, Qwen2ForCausalLM
 
 from qwen2x.quantize.errors import BackendError, CheckpointError
+from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping
 from qwen2x.runtimes.layers import Hidden
-from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, TokenIds
+from qwen2x.runtimes.runtime import Logits, TokenIds
 from qwen2x.runtimes.torch_packed import load_packed
 from qwen2x.runtimes.torch_rope import TorchRopes
 

@@ -5,7 +5,8 @@ import pytest
 
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.bench import bench
-from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, Runtime, TokenIds
+from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping
+from qwen2x.runtimes.runtime import Logits, Runtime, TokenIds
 
 
 class Counting(CacheBookkeeping):

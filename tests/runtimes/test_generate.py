@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen2x.quantize.errors import RequestError
+from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping
 from qwen2x.runtimes.generate import Generation, Piece, generate, read_text_files
-from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, Runtime, TokenIds, open_runtime
+from qwen2x.runtimes.runtime import Logits, Runtime, TokenIds, open_runtime
 from qwen2x.runtimes.sampler import Sampling
 from tests.runtimes.conftest import MakeBundle
 from tests.tiny_checkpoint import EXAMPLE

@@ -211,10 +211,16 @@ def test_a_cache_of_another_bundle_is_refused(
     assert "tokenizer" not in message
 
 
-def test_a_cache_of_another_factor_is_refused(onnx: Open, written: Path) -> None:
-    with onnx() as runtime:
-        runtime.rope_factor = 4.0
-        assert "something else: rope_factor 1, expected 4; give" in refused(runtime, written)
+def test_a_cache_of_another_factor_is_refused(
+    make_bundle: MakeBundle, random_checkpoint: Path, path: Path
+) -> None:
+    with open_runtime(make_bundle(random_checkpoint, yarn=(1.0, 2.0)), threads=1) as runtime:
+        ask(runtime, ONE, PromptCache(path))
+        runtime.use_rope(2.0)
+        with pytest.raises(RequestError, match="something else: rope_factor 1, expected 2; give"):
+            PromptCache(path).load(runtime, ONE, len(ONE))
+        # Which factor a conversation will take is not known when it begins.
+        PromptCache(path).check(runtime)
 
 
 def test_a_cache_of_another_type_is_refused(

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from qwen2x.quantize.errors import RequestError
+from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping
 from qwen2x.runtimes.draft_model import DraftModel
 from qwen2x.runtimes.generate import Generation, generate
-from qwen2x.runtimes.runtime import CacheBookkeeping, Logits, Runtime, TokenIds, open_runtime
+from qwen2x.runtimes.runtime import Logits, Runtime, TokenIds, open_runtime
 from qwen2x.runtimes.sampler import Sampler, Sampling
 from qwen2x.runtimes.speculation import Costs, SpeculationCounts, guess_ahead
 from tests.runtimes.conftest import MakeBundle
