@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qwen2x.runtimes.generate import read_text_files
+from qwen2x.runtimes.onnx_runtime import OnnxRuntime
 from qwen2x.runtimes.runtime import Logits, Runtime, TokenIds, open_runtime
 from qwen2x.runtimes.tolerance import tolerance_for
 from qwen2x.runtimes.validate import Check, Report, validate
