@@ -13,7 +13,9 @@ import pytest
 from qwen2x.cli.judging import read_text
 from qwen2x.exporters import export
 from qwen2x.runtimes.compare import Difference, compare, kl_divergence, windows_of
+from qwen2x.runtimes.generate import generate
 from qwen2x.runtimes.runtime import Runtime, open_runtime
+from qwen2x.runtimes.sampler import Sampling
 from qwen2x.runtimes.tokenizer import Tokenizer
 
 TEXTS = Path(__file__).resolve().parents[1] / "benchmarks" / "texts"
@@ -85,3 +87,25 @@ def test_a_cache_in_eight_bits_adds_little_over_4096_tokens(tmp_path: Path) -> N
             theirs, ours = (runtime.append(chunk, keep=512) for runtime in (floats, codes))
             added.append(kl_divergence(theirs, ours))
     assert np.concatenate(added).mean() <= 0.002
+
+
+def test_text_that_is_guessed_ahead_is_that_of_plain_decoding(tmp_path: Path) -> None:
+    source = Path(os.environ[NAME])
+    export(source, out=tmp_path / "int8", bits=8)
+    prose = (TEXTS / "prose.txt").read_text("utf-8")[:600]
+    ids = Tokenizer(source).encode(prose)
+    with open_runtime(tmp_path / "int8", threads=2) as runtime:
+        # Groups of 32: in every bit.
+        runtime.prefill(ids[:64])
+        single = np.stack([runtime.decode(token).copy() for token in ids[64:84]])
+        runtime.truncate(64)
+        guessed = [runtime.decode_guessed(ids[start : start + 5]) for start in range(64, 84, 5)]
+        np.testing.assert_array_equal(np.concatenate(guessed), single)
+        for prompt in (f"Repeat this text word for word:\n\n{prose}", "Tell me about lighthouses."):
+            plain, ahead = (
+                generate(
+                    runtime, prompt, max_tokens=48, sampling=Sampling(), speculate=speculate
+                ).run()
+                for speculate in (False, True)
+            )
+            assert ahead.token_ids == plain.token_ids
