@@ -68,8 +68,8 @@ class OnnxRuntime(CacheBookkeeping):
         rows = np.empty((batch, sequence, self.vocab_size), np.float32)
         for start, stop in zip(starts, [*starts[1:], sequence], strict=True):
             ids = token_ids[:, start:stop]
-            columns = np.broadcast_to(places[start:stop], ids.shape)
-            inputs = self._inputs(ids, mask[:, :stop], columns, 0)
+            inputs = _inputs(ids, mask[:, :stop], np.broadcast_to(places[start:stop], ids.shape), 0)
+            inputs |= self._rope_inputs()
             binding = self._session.io_binding()
             self._run_bound(binding, inputs, rows[:, start:stop], cache, start, stop)
             cache.collect(binding)
@@ -92,7 +92,8 @@ class OnnxRuntime(CacheBookkeeping):
         session = _open_session(self.bundle, self.device, None, graph)
         binding = session.io_binding()
         mask = np.ones_like(token_ids)
-        inputs = self._inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
+        inputs = _inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
+        inputs |= self._rope_inputs()
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name in names:
@@ -115,28 +116,18 @@ class OnnxRuntime(CacheBookkeeping):
             self._mask = np.ones((1, 2 * total), np.int64)
         positions = np.arange(past, total)[None]
         rows = np.empty((1, keep, self.vocab_size), np.float32)
-        inputs = self._inputs(token_ids, self._mask[:, :total], positions, keep)
+        inputs = _inputs(token_ids, self._mask[:, :total], positions, keep) | self._rope_inputs()
         self._run_bound(self._binding, inputs, rows, self._cache, past, total)
         self._cache.collect(self._binding)
         kept: Logits = rows[0]
         return kept
 
-    def _inputs(
-        self, token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int
-    ) -> dict[str, Any]:
-        # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
-        values = {
-            "input_ids": token_ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "num_logits_to_keep": keep,
-        }
-        if len(self.rope_contexts) > 1:
-            values["rope_index"] = np.array([list(self.rope_contexts).index(self.rope_factor)])
-        return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
-            for name, value in values.items()
-        }
+    def _rope_inputs(self) -> dict[str, Any]:
+        """Which YaRN factor is in use, where there is a choice."""
+        if len(self.rope_contexts) == 1:
+            return {}
+        index = np.array([list(self.rope_contexts).index(self.rope_factor)], np.int64)
+        return {"rope_index": ort.OrtValue.ortvalue_from_numpy(index)}
 
     def _run_bound(
         self,
@@ -163,6 +154,20 @@ class OnnxRuntime(CacheBookkeeping):
         if length == 0:
             # The binding holds references to the old buffers.
             self._binding = self._session.io_binding()
+
+
+def _inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:
+    # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
+    values = {
+        "input_ids": token_ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "num_logits_to_keep": keep,
+    }
+    return {
+        name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
+        for name, value in values.items()
+    }
 
 
 def available_devices() -> list[str]:
