@@ -168,6 +168,7 @@ def open_runtime(
     kv_bits: int | None = None,
     yarn: Sequence[float] = (),
     original_context: int | None = None,
+    record: bool = False,
 ) -> Runtime:
     """Opens a bundle, or with ``backend="torch"`` a Hugging Face folder.
 
@@ -185,6 +186,7 @@ def open_runtime(
         yarn: factors that there must be to choose from. PyTorch takes any beside the checkpoint's
             own, a bundle has those that it was exported with.
         original_context: positions that a checkpoint was trained with, where its config is silent.
+        record: record what an ONNX graph does, node by node, for ``profile``; others cannot.
 
     Raises:
         BundleError: a damaged or unfit bundle.
@@ -229,7 +231,7 @@ def open_runtime(
         opened = module.MlxRuntime(bundle, **options)
     else:
         options = {"device": device, "prefill_chunk": prefill_chunk, "threads": threads}
-        opened = module.OnnxRuntime(bundle, **options)
+        opened = module.OnnxRuntime(bundle, **options, record=record)
     return opened
 
 
