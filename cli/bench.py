@@ -147,8 +147,8 @@ def run_bench(
     device: str = "auto",
     graph: bool = False,
     kv_bits: str | None = None,
-    with_profile: bool = False,
     yarn: Any = "auto",
+    with_profile: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """The object that ``bench --json`` prints; each run is told on standard error unless quiet."""

@@ -238,6 +238,11 @@ class Conversation:
         self._keep_prompt(answer)
         if len(answer.prompt_ids) + len(answer.token_ids) >= context:
             log(f"the context of {context} tokens is full: the answer ends here")
+        elif self._runtime.cache_length + 1 >= self._runtime.rope_context:
+            log(
+                f"YaRN factor {answer.rope_factor:g} reaches {self._runtime.rope_context} tokens: "
+                "the answer ends here, the next one gets a larger factor"
+            )
         if self._is_verbose:
             speed = timings_of(answer, 0.0)["decode_tokens_per_s"]
             log(

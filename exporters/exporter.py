@@ -55,8 +55,8 @@ def export(
         on_layer: called with what is done to layers, with how many, and of how many.
         source_name: what the manifest calls the source, if not its id or folder name.
         **options: the other fields of ``Options``: bits, group_size, bits_per_weight, max_bytes,
-            asymmetric, prefer, method, calibration, kv_bits, dtype, device, max_context, yarn,
-            original_context, graph.
+            asymmetric, prefer, method, calibration, kv_bits, dtype, device, max_context,
+            yarn, original_context, graph.
 
     Raises:
         InputError: a source, option or folder that does not fit; nothing is left behind.

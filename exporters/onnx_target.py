@@ -38,8 +38,8 @@ class Target:
             the standard Attention operator with a cache that is concatenated.
         accuracy_level: MatMulNBits' compute type; 4 is int8 activations, which the CPU needs.
         reads_positions: GroupQueryAttention rotates to position_ids. On CUDA, decoding rotates to
-            the number of cached tokens instead (``FlashDecoding`` in onnxruntime 1.31's
-            ``group_query_attention_impl.cu``), which are not rows of stacked tables.
+            the number of cached tokens instead (``FlashDecoding`` in onnxruntime's
+            ``group_query_attention_impl.cu``), which is no row of stacked tables.
         has_bias_in_matmul: MatMulNBits takes the q/k/v bias itself. CUDA's fast 4-bit kernel
             wants it outside.
     """

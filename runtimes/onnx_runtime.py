@@ -84,8 +84,8 @@ class OnnxRuntime(CacheBookkeeping):
         rows = np.empty((batch, sequence, self.vocab_size), np.float32)
         for start, stop in zip(starts, [*starts[1:], sequence], strict=True):
             ids = token_ids[:, start:stop]
-            columns = np.broadcast_to(places[start:stop], ids.shape)
-            inputs = self._inputs(ids, mask[:, :stop], columns, 0)
+            inputs = _inputs(ids, mask[:, :stop], np.broadcast_to(places[start:stop], ids.shape), 0)
+            inputs |= self._rope_inputs(batch)
             binding = self._session.io_binding()
             self._run_bound(binding, inputs, rows[:, start:stop], cache, start, stop)
             cache.collect(binding)
@@ -108,7 +108,8 @@ class OnnxRuntime(CacheBookkeeping):
         session = _open_session(self.bundle, self.device, None, graph)
         binding = session.io_binding()
         mask = np.ones_like(token_ids)
-        inputs = self._inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
+        inputs = _inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
+        inputs |= self._rope_inputs(len(token_ids))
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name in names:
@@ -157,7 +158,8 @@ class OnnxRuntime(CacheBookkeeping):
             self._mask = np.ones((1, 2 * total), np.int64)
         positions = np.arange(past, total)[None]
         rows = np.empty((1, keep, self.vocab_size), np.float32)
-        inputs = self._inputs(token_ids, self._mask[:, :total], positions, keep)
+        inputs = _inputs(token_ids, self._mask[:, :total], positions, keep)
+        inputs |= self._rope_inputs(1)
         self._run_bound(self._binding, inputs, rows, self._cache, past, total)
         self._cache.collect(self._binding)
         kept: Logits = rows[0]
@@ -173,7 +175,8 @@ class OnnxRuntime(CacheBookkeeping):
         self._require_fits(token_ids)
         positions = past + np.arange(rows)[:, None]
         mask = np.arange(past + rows)[None] <= positions
-        inputs = self._inputs(np.array(token_ids)[:, None], mask, positions, 1)
+        inputs = _inputs(np.array(token_ids)[:, None], mask, positions, 1)
+        inputs |= self._rope_inputs(rows)
         logits = np.empty((rows, 1, self.vocab_size), np.float32)
         binding = self._session.io_binding()
         self._run_bound(binding, inputs, logits, _AsRows(cache, rows), past, past + rows)
@@ -194,24 +197,12 @@ class OnnxRuntime(CacheBookkeeping):
         self._binding = self._session.io_binding()
         return mirrored
 
-    def _inputs(
-        self, token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int
-    ) -> dict[str, Any]:
-        # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
-        values = {
-            "input_ids": token_ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "num_logits_to_keep": keep,
-        }
-        if len(self.rope_contexts) > 1:
-            values["rope_index"] = np.full(
-                len(token_ids), list(self.rope_contexts).index(self.rope_factor)
-            )
-        return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
-            for name, value in values.items()
-        }
+    def _rope_inputs(self, rows: int) -> dict[str, Any]:
+        """Which YaRN factor is in use, where there is a choice."""
+        if len(self.rope_contexts) == 1:
+            return {}
+        index = list(self.rope_contexts).index(self.rope_factor)
+        return {"rope_index": ort.OrtValue.ortvalue_from_numpy(np.full(rows, index, np.int64))}
 
     def run_rows(
         self, cache: BindsCache, token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int
@@ -227,7 +218,8 @@ class OnnxRuntime(CacheBookkeeping):
         """
         rows = np.empty((len(token_ids), keep, self.vocab_size), np.float32)
         past, total = mask.shape[1] - token_ids.shape[1], mask.shape[1]
-        inputs = self._inputs(token_ids, mask, positions, keep)
+        inputs = _inputs(token_ids, mask, positions, keep)
+        inputs |= self._rope_inputs(len(token_ids))
         self._run_bound(self._session.io_binding(), inputs, rows, cache, past, total)
         return rows
 
@@ -267,6 +259,20 @@ class _AsRows:
     def bind(self, binding: Any, past: int, total: int) -> None:
         """See ``BindsCache``."""
         self._cache.bind_rows(binding, self._rows, past, total)
+
+
+def _inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:
+    # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
+    values = {
+        "input_ids": token_ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "num_logits_to_keep": keep,
+    }
+    return {
+        name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
+        for name, value in values.items()
+    }
 
 
 def available_devices() -> list[str]:

@@ -183,9 +183,9 @@ def open_runtime(
     prefill_memory: int = DEFAULT_PREFILL_MEMORY,
     graph: bool = False,
     kv_bits: int | None = None,
-    record: bool = False,
     yarn: Sequence[float] = (),
     original_context: int | None = None,
+    record: bool = False,
 ) -> Runtime:
     """Opens a bundle, or with ``backend="torch"`` a Hugging Face folder.
 
@@ -202,10 +202,10 @@ def open_runtime(
         graph: run an MLX folder's ``decode.mlxfn`` instead of our own forward pass.
         kv_bits: 8 keeps the KV cache of an MLX folder in 8 bits; by default it holds floats. An
             ONNX bundle has the cache that it was exported with, and 8 requires one in 8 bits.
-        record: record what an ONNX graph does, node by node, for ``profile``; others cannot.
         yarn: factors that there must be to choose from. PyTorch takes any beside the checkpoint's
             own, a bundle has those that it was exported with.
         original_context: positions that a checkpoint was trained with, where its config is silent.
+        record: record what an ONNX graph does, node by node, for ``profile``; others cannot.
 
     Raises:
         BundleError: a damaged or unfit bundle.

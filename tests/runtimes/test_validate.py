@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen2x.runtimes import onnx_runtime
 from qwen2x.runtimes.generate import read_text_files
-from qwen2x.runtimes.onnx_runtime import OnnxRuntime
 from qwen2x.runtimes.runtime import Logits, Runtime, TokenIds, open_runtime
 from qwen2x.runtimes.tolerance import tolerance_for
 from qwen2x.runtimes.validate import Check, Report, validate
@@ -129,12 +129,12 @@ def test_the_random_checkpoint_itself_passes(candidate: Runtime, random_torch: R
 
 def shift_positions(monkeypatch: pytest.MonkeyPatch, shift: Any) -> None:
     """Changes the positions that the graph is given."""
-    inputs = OnnxRuntime._inputs
+    inputs = onnx_runtime._inputs
 
-    def shifted(self: Any, ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> Any:
-        return inputs(self, ids, mask, shift(np.array(positions)), keep)
+    def shifted(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> Any:
+        return inputs(token_ids, mask, shift(np.array(positions)), keep)
 
-    monkeypatch.setattr(OnnxRuntime, "_inputs", shifted)
+    monkeypatch.setattr(onnx_runtime, "_inputs", shifted)
 
 
 def test_a_cache_that_is_off_by_one_position_fails_its_check(

@@ -328,16 +328,16 @@ def test_frequencies_of_another_factor_fail_its_check(
     """As the wrong segment of a stacked table gives them."""
     tolerance = tolerance_for("float", "float32")
     with open_runtime(make_bundle(source, yarn=FACTORS), threads=1) as runtime:
-        inputs = runtime._inputs  # type: ignore[attr-defined]
+        inputs = runtime._rope_inputs  # type: ignore[attr-defined]
 
-        def mixed_up(*args: Any) -> Any:
+        def mixed_up(rows: int) -> Any:
             factor, runtime.rope_factor = runtime.rope_factor, 2.0
             try:
-                return inputs(*args)
+                return inputs(rows)
             finally:
                 runtime.rope_factor = factor
 
-        runtime._inputs = mixed_up  # type: ignore[attr-defined]
+        runtime._rope_inputs = mixed_up  # type: ignore[attr-defined]
         checks, _ = check_distance(runtime, judge, tokens(50), tolerance, lambda step: None)
     failed = {check.name for check in checks if check.verdict == "fail"}
     assert {"long_factor_1", "long_factor_4"} <= failed
