@@ -155,7 +155,7 @@ def run_bench(
             (lambda run, speed: None) if quiet else (lambda run, speed: _tell(run, speed, repeat))
         )
         speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat, tell, yarn=yarn)
-        result = {
+        result: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
             "repeats": repeat,
