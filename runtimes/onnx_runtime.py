@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,14 @@ import onnxruntime as ort
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.onnx_probe import probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
+from qwen2x.runtimes.device_memory import is_out_of_memory, out_of_memory
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
+from qwen2x.runtimes.onnx_provider import PROVIDERS
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
 
 GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntime(CacheBookkeeping):
@@ -36,7 +37,7 @@ class OnnxRuntime(CacheBookkeeping):
         super().__init__()
         self.bundle = bundle
         self.folder = bundle.folder
-        self.device = _choose_device(bundle, device)
+        self.device = choose_device(bundle, device)
         self.dtype = bundle.dtype
         self.vocab_size = bundle.vocab_size
         self.max_context = bundle.max_context
@@ -44,8 +45,9 @@ class OnnxRuntime(CacheBookkeeping):
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight
         self.prefill_chunk = prefill_chunk
-        self._session: Any = _open_session(bundle, self.device, threads)
-        self._cache = make_cache(bundle.cache, self.device, self.max_context)
+        self._session: Any = self._open(threads)
+        self._run_options: Any = None
+        self._cache: OnnxCache = make_cache(bundle.cache, self.device, self.max_context)
         self._binding: Any = self._session.io_binding()
         self._mask = np.ones((1, 256), np.int64)
 
@@ -68,7 +70,9 @@ class OnnxRuntime(CacheBookkeeping):
         rows = np.empty((batch, sequence, self.vocab_size), np.float32)
         for start, stop in zip(starts, [*starts[1:], sequence], strict=True):
             ids = token_ids[:, start:stop]
-            inputs = _inputs(ids, mask[:, :stop], np.broadcast_to(places[start:stop], ids.shape), 0)
+            inputs = graph_inputs(
+                ids, mask[:, :stop], np.broadcast_to(places[start:stop], ids.shape), 0
+            )
             binding = self._session.io_binding()
             self._run_bound(binding, inputs, rows[:, start:stop], cache, start, stop)
             cache.collect(binding)
@@ -79,10 +83,10 @@ class OnnxRuntime(CacheBookkeeping):
         valid, places = self._require_rows(token_ids, None, None)
         path, layers = self.folder / GRAPH_FILE, self.bundle.cache["layers"]
         graph, names = probed_graph(path, layers)
-        session = _open_session(self.bundle, self.device, None, graph)
+        session = open_session(self.bundle, self.device, None, graph=graph)
         binding = session.io_binding()
         mask = np.ones_like(token_ids)
-        inputs = _inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
+        inputs = graph_inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name in names:
@@ -98,6 +102,9 @@ class OnnxRuntime(CacheBookkeeping):
         self._cache.truncate(0)
         self._session = None
 
+    def _open(self, threads: int | None) -> Any:
+        return open_session(self.bundle, self.device, threads)
+
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         past, new = self.cache_length, token_ids.shape[1]
         total = past + new
@@ -105,7 +112,7 @@ class OnnxRuntime(CacheBookkeeping):
             self._mask = np.ones((1, 2 * total), np.int64)
         positions = np.arange(past, total)[None]
         rows = np.empty((1, keep, self.vocab_size), np.float32)
-        inputs = _inputs(token_ids, self._mask[:, :total], positions, keep)
+        inputs = graph_inputs(token_ids, self._mask[:, :total], positions, keep)
         self._run_bound(self._binding, inputs, rows, self._cache, past, total)
         self._cache.collect(self._binding)
         kept: Logits = rows[0]
@@ -126,8 +133,11 @@ class OnnxRuntime(CacheBookkeeping):
         logits = ort.OrtValue.ortvalue_from_numpy(rows)
         binding.bind_ortvalue_output("logits", logits)
         cache.bind(binding, past, total)
+        self._execute(binding, self._run_options)
+
+    def _execute(self, binding: Any, run_options: Any) -> None:
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, run_options)
         except Exception as error:
             raise _not_runnable(self.bundle, error) from None
 
@@ -138,7 +148,8 @@ class OnnxRuntime(CacheBookkeeping):
             self._binding = self._session.io_binding()
 
 
-def _inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:
+def graph_inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:
+    """Inputs of a run as OrtValues of the host, by name."""
     # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
     values = {
         "input_ids": token_ids,
@@ -155,17 +166,22 @@ def _inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> d
 def available_devices() -> list[str]:
     """Devices that this onnxruntime was built for."""
     providers = ort.get_available_providers()
-    return [device for device, provider in _PROVIDERS.items() if provider in providers]
+    return [device for device, provider in PROVIDERS.items() if provider.name in providers]
 
 
-def _choose_device(bundle: Bundle, device: str) -> str:
+def choose_device(bundle: Bundle, device: str) -> str:
+    """The device that a bundle is run on; ``auto`` is what it was made for, if that is here.
+
+    Raises:
+        BackendError: it is not here, or the bundle is not for it.
+    """
     if device == "auto":
         device = bundle.device if bundle.device in available_devices() else "cpu"
-    if device not in _PROVIDERS:
+    if device not in PROVIDERS:
         raise BackendError(f"device must be auto, cpu or cuda, got {device!r}")
     if device not in available_devices():
         raise BackendError(
-            f"onnxruntime {ort.__version__} has no {_PROVIDERS[device]} here; "
+            f"onnxruntime {ort.__version__} has no {PROVIDERS[device].name} here; "
             f'pip install "qwen2x[{device}]" (and uninstall the other onnxruntime first)'
         )
     if device == "cuda" and bundle.device == "cpu":
@@ -185,6 +201,8 @@ def _not_runnable(bundle: Bundle, error: Exception) -> Exception:
     kind = type(error)
     if not kind.__module__.startswith("onnxruntime") and kind is not RuntimeError:
         return error
+    if is_out_of_memory(str(error)):
+        return out_of_memory(bundle)
     reason = str(error).strip().splitlines()[0]
     return BundleError(f"onnxruntime cannot use {bundle.folder / GRAPH_FILE}: {reason}")
 
@@ -204,29 +222,37 @@ def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
         )
 
 
-def _open_session(
-    bundle: Bundle, device: str, threads: int | None, graph: bytes | None = None
+def open_session(
+    bundle: Bundle,
+    device: str,
+    threads: int | None,
+    *,
+    graph: bytes | None = None,
+    provider_options: Mapping[str, str] | None = None,
 ) -> Any:
     """A session of the bundle's graph, or of one in memory that uses the bundle's weights."""
+    provider = PROVIDERS[device]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")
-    providers: list[Any] = [_PROVIDERS[device]]
-    if device == "cuda":
+    for key, value in provider.session.items():
+        options.add_session_config_entry(key, value)
+    providers: list[Any] = [(provider.name, {**provider.options, **(provider_options or {})})]
+    if provider.has_own_memory:
         ort.preload_dlls()
-        providers.append(_PROVIDERS["cpu"])
+        providers.append(PROVIDERS["cpu"].name)
+    model: Any = graph
+    if graph is None:
+        model = bundle.folder / GRAPH_FILE
+    else:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.folder))
     try:
-        if graph is None:
-            session = ort.InferenceSession(bundle.folder / GRAPH_FILE, options, providers=providers)
-        else:
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.folder))
-            session = ort.InferenceSession(graph, options, providers=providers)
+        session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:
         raise _not_runnable(bundle, error) from None
-    if _PROVIDERS[device] not in session.get_providers():
+    if provider.name not in session.get_providers():
         raise BackendError(
-            f"onnxruntime could not start {_PROVIDERS[device]}; check the driver and the CUDA "
+            f"onnxruntime could not start {provider.name}; check the driver and the CUDA "
             "libraries, or use --device cpu"
         )
     _require_promised_shapes(bundle, session)

@@ -201,7 +201,7 @@ def open_runtime(
         opened = module.MlxRuntime(bundle, **options)
     else:
         options = {"device": device, "prefill_chunk": prefill_chunk, "threads": threads}
-        opened = module.OnnxRuntime(bundle, **options)
+        opened = module.open_onnx(bundle, **options)
     return opened
 
 
@@ -378,7 +378,7 @@ def _is_source(folder: Path) -> bool:
 
 # By backend: its module, the libraries that may be missing, and the extra that has them.
 _BACKENDS = {
-    "onnx": ("qwen2x.runtimes.onnx_runtime", ("onnxruntime",), "cpu"),
+    "onnx": ("qwen2x.runtimes.onnx_device", ("onnxruntime",), "cpu"),
     "mlx": ("qwen2x.runtimes.mlx_runtime", ("mlx", "libmlx"), "mlx"),
     "torch": ("qwen2x.runtimes.torch_runtime", ("torch", "transformers"), "torch"),
 }
