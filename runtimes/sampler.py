@@ -109,17 +109,26 @@ class Sampler:
         """
         sampling = self.sampling
         wanted = 1 if sampling.temperature == 0 else sampling.top_k
-        floor, are_known = logits.min(), ids < known
-        ids, logits = ids[are_known], logits[are_known]
-        if sampling.repetition_penalty < 1 or not 0 < wanted <= len(ids):
+        floor, count = logits.min(), int(np.searchsorted(ids, known))
+        ids, logits = ids[:count], logits[:count]
+        if sampling.repetition_penalty < 1 or not 0 < wanted <= count:
             return None
-        logits = self._lower(logits, np.flatnonzero(np.isin(ids, self._seen)))
+        if sampling.repetition_penalty != 1:
+            logits = self._lower(logits, self._places_seen(ids))
         # One that equals the floor may be tied with one that is missing.
-        if not np.partition(logits, -wanted)[-wanted] > floor:
+        least = logits.max() if wanted == 1 else np.partition(logits, -wanted)[-wanted]
+        if not least > floor:
             return None
         token_id = int(ids[self._pick(logits)])
         self._remember(token_id)
         return token_id
+
+    def _places_seen(self, ids: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Which of these stand in the context."""
+        if not len(self._seen):
+            return np.empty(0, np.intp)
+        nearest = np.minimum(np.searchsorted(self._seen, ids), len(self._seen) - 1)
+        return np.flatnonzero(self._seen[nearest] == ids)
 
     def _pick(self, logits: Logits) -> int:
         """The place of the choice among logits that the penalty is in."""
@@ -145,6 +154,8 @@ class Sampler:
         return logits
 
     def _remember(self, token_id: int) -> None:
+        if self.sampling.repetition_penalty == 1:
+            return
         place = int(np.searchsorted(self._seen, token_id))
         if place == len(self._seen) or self._seen[place] != token_id:
             self._seen = np.insert(self._seen, place, token_id)
