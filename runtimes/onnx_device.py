@@ -16,6 +16,7 @@ from qwen2x.runtimes.onnx_runtime import (
     OnnxRuntime,
     choose_device,
     graph_inputs,
+    not_runnable,
     open_session,
 )
 from qwen2x.runtimes.onnx_step import DecodeStep, no_capture
@@ -137,4 +138,7 @@ class DeviceRuntime(OnnxRuntime):
         """Doubles the cache at least, since a captured graph stays in memory when it grows."""
         capacity = self._cache.capacity
         if length > capacity:
-            self._cache.reserve(self.cache_length, max(length, 2 * capacity))
+            try:
+                self._cache.reserve(self.cache_length, max(length, 2 * capacity))
+            except Exception as error:
+                raise not_runnable(self.bundle, error) from None

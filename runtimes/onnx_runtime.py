@@ -139,7 +139,7 @@ class OnnxRuntime(CacheBookkeeping):
         try:
             self._session.run_with_iobinding(binding, run_options)
         except Exception as error:
-            raise _not_runnable(self.bundle, error) from None
+            raise not_runnable(self.bundle, error) from None
 
     def _truncate_cache(self, length: int) -> None:
         self._cache.truncate(length)
@@ -196,8 +196,8 @@ def choose_device(bundle: Bundle, device: str) -> str:
     return device
 
 
-def _not_runnable(bundle: Bundle, error: Exception) -> Exception:
-    """The errors of onnxruntime as a BundleError; anything else as it is."""
+def not_runnable(bundle: Bundle, error: Exception) -> Exception:
+    """The errors of onnxruntime as a BundleError or BackendError; anything else as it is."""
     kind = type(error)
     if not kind.__module__.startswith("onnxruntime") and kind is not RuntimeError:
         return error
@@ -249,7 +249,7 @@ def open_session(
     try:
         session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:
-        raise _not_runnable(bundle, error) from None
+        raise not_runnable(bundle, error) from None
     if provider.name not in session.get_providers():
         raise BackendError(
             f"onnxruntime could not start {provider.name}; check the driver and the CUDA "
