@@ -171,8 +171,16 @@ def main() -> None:
     for row in [*reference, *rows]:
         result["rows"][row.name] = found = run_row(args.folder, row, command)
         say(f"{row.name}: {json.dumps(found)}")
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        keep(args.out, result)
     print(table(result))
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    """Writes a shape's rows into a file that may hold others."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = kept.get(result["shape"], {"rows": {}})
+    kept[result["shape"]] = {**before, **result, "rows": before["rows"] | result["rows"]}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def say(text: str) -> None:
