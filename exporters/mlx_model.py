@@ -7,7 +7,7 @@ heads, D head size, C positions that a cache has room for. Arithmetic follows tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -167,10 +167,32 @@ class Rotary(NamedTuple):
 
 def rotate(x: mx.array, rotary: Rotary) -> mx.array:
     """Rotates pairs (i, i + D/2) of [B, S, heads, D], in float32; the type stays."""
-    halves = x.astype(mx.float32).reshape(*x.shape[:-1], 2, -1)
+    halves = x.reshape(*x.shape[:-1], 2, -1)
     # A view from back to front: the other half beside each half, without a copy.
-    rotated = halves * rotary.cosines + halves[..., ::-1, :] * rotary.sines
-    return rotated.reshape(x.shape).astype(x.dtype)
+    return _fused(_turn)(halves, halves[..., ::-1, :], *rotary).reshape(x.shape)
+
+
+def _turn(halves: mx.array, others: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    turned = halves.astype(mx.float32) * cosines + others.astype(mx.float32) * sines
+    return turned.astype(halves.dtype)
+
+
+def _gate(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+@cache
+def _compiled(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    compiled: Callable[..., mx.array] = mx.compile(function, shapeless=True)
+    return compiled
+
+
+def _fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """One kernel for an elementwise function, but on the CPU, where building it takes long.
+
+    A step on a GPU is bound by the number of its kernels.
+    """
+    return function if mx.default_device().type == mx.cpu else _compiled(function)
 
 
 class Attention(nn.Module):  # type: ignore[misc]
@@ -213,8 +235,7 @@ class Mlp(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: mx.array) -> mx.array:
         """Gives [B, S, hidden] for x [B, S, hidden]."""
-        gate = self.gate_proj(x)
-        mixed: mx.array = self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+        mixed: mx.array = self.down_proj(_fused(_gate)(self.gate_proj(x), self.up_proj(x)))
         return mixed
 
 

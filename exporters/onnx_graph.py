@@ -378,14 +378,19 @@ class _Decoder:
         return self._cast(place, normed, self.float, leading), total
 
     def _first_kept_row(self) -> str:
-        """Minus num_logits_to_keep: where a slice starts. 0 keeps all, since -0 is 0."""
-        graph = self.graph
+        """Where a slice of the last ``num_logits_to_keep`` rows starts; 0 keeps all.
+
+        It starts from a shape, so that CUDA leaves it to the host, where a slice wants it: a copy
+        between the two would forbid the capture of a CUDA graph.
+        """
+        graph, whole = self.graph, TensorProto.INT64
         graph.optional_input("num_logits_to_keep", np.array(0, np.int64), ())
         graph.constant("/rows/one", int64(1))
         graph.constant("/rows/end", int64(_TO_END))
-        inputs = ["num_logits_to_keep", "/rows/one"]
-        kept = graph.op("/rows/Reshape", inputs, TensorProto.INT64, (1,))
-        return graph.op("/rows/Neg", [kept], TensorProto.INT64, (1,))
+        rows = graph.op("/rows/Shape", ["input_ids"], whole, (1,), start=1, end=2)
+        kept = graph.op("/rows/Min", [rows, "num_logits_to_keep"], whole, (1,))
+        first = graph.op("/rows/Sub", [rows, kept], whole, (1,))
+        return graph.op("/rows/Mod", [first, rows], whole, (1,))
 
     def _keep_rows(self, place: str, x: str, element_type: int, columns: int) -> str:
         inputs = [x, self.first_row, "/rows/end", "/rows/one"]

@@ -11,7 +11,7 @@ from qwen2x.quantize.errors import BackendError
 
 # By backend: its module, the libraries that may be missing, and the extra that has them.
 _BACKENDS = {
-    "onnx": ("qwen2x.runtimes.onnx_runtime", ("onnxruntime",), "cpu"),
+    "onnx": ("qwen2x.runtimes.onnx_device", ("onnxruntime",), "cpu"),
     "mlx": ("qwen2x.runtimes.mlx_runtime", ("mlx", "libmlx"), "mlx"),
     "torch": ("qwen2x.runtimes.torch_runtime", ("torch", "transformers"), "torch"),
 }

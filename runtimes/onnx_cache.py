@@ -89,13 +89,21 @@ class SharedCache(_Layout):
     address, since NumPy has no bfloat16: they hold it as uint16, which can be copied.
     """
 
-    def __init__(self, facts: Mapping[str, Any], device: str, max_positions: int) -> None:
+    def __init__(
+        self,
+        facts: Mapping[str, Any],
+        device: str,
+        max_positions: int,
+        *,
+        is_kept: bool = False,
+    ) -> None:
         super().__init__(facts, device)
         is_bfloat16 = self._element_type == _BFLOAT16
         self._host_type: Any = np.uint16 if is_bfloat16 else self._element_type
         self._max_positions = max_positions
         self._buffers: dict[str, Any] = {}
         self._bound_to: Any = None
+        self._is_kept = is_kept
         self.capacity = 0
 
     def reserve(self, past: int, total: int) -> None:
@@ -119,8 +127,11 @@ class SharedCache(_Layout):
         """Nothing to do: the run wrote into the buffers."""
 
     def truncate(self, length: int) -> None:
-        """Nothing to do: later positions are overwritten. An empty cache gives its memory back."""
-        if length == 0:
+        """Nothing to do: later positions are overwritten. An empty cache gives its memory back.
+
+        One that ``is_kept`` does not: a captured step goes on to use its addresses.
+        """
+        if length == 0 and not self._is_kept:
             self._bound_to = None
             self._buffers.clear()
             self.capacity = 0

@@ -6,6 +6,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from qwen2x.exporters.bundle import Bundle
+from qwen2x.runtimes import device_memory
 from qwen2x.runtimes.memory import free_host_bytes
 from qwen2x.runtimes.memory_needs import MemoryNeeds, activation_bytes
 
@@ -30,4 +31,4 @@ def choose_device(bundle: Bundle, device: str) -> str:
 
 def free_bytes(device: str) -> int | None:
     """Memory for a cache; None where nobody says."""
-    return free_host_bytes() if device == "cpu" else None
+    return free_host_bytes() if device == "cpu" else device_memory.free_bytes()

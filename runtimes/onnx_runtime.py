@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,24 @@ from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping, integers
 from qwen2x.runtimes.cache_file import CacheArrays
+from qwen2x.runtimes.device_memory import is_out_of_memory, out_of_memory
 from qwen2x.runtimes.layers import Hidden
-from qwen2x.runtimes.onnx_cache import BindsCache, ConcatenatedCache, SharedCache, make_cache
+from qwen2x.runtimes.onnx_cache import (
+    BindsCache,
+    ConcatenatedCache,
+    OnnxCache,
+    SharedCache,
+    make_cache,
+)
 from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
+from qwen2x.runtimes.onnx_provider import PROVIDERS
 from qwen2x.runtimes.profile import GraphRun, read_runs
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, DEFAULT_PREFILL_MEMORY, Logits, TokenIds
 
 GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MIRRORED_ROWS = 16
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntime(CacheBookkeeping):
@@ -47,7 +54,7 @@ class OnnxRuntime(CacheBookkeeping):
         self._record = tempfile.TemporaryDirectory() if record else None
         self.bundle = bundle
         self.folder = bundle.folder
-        self.device = _choose_device(bundle, device)
+        self.device = choose_device(bundle, device)
         self.dtype = bundle.dtype
         self.vocab_size = bundle.vocab_size
         self._offer_ropes(bundle.rope_contexts, bundle.own_factor)
@@ -55,13 +62,12 @@ class OnnxRuntime(CacheBookkeeping):
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight
         self.prefill_chunk = prefill_chunk
-        self._session: Any = _open_session(
-            bundle, self.device, threads, record=Path(self._record.name) if self._record else None
-        )
         self.prefill_memory = prefill_memory
         self.needs = needs_of(bundle, self.device, None)
         self.cache_dtype = str(bundle.cache["dtype"])
-        self._cache = make_cache(bundle.cache, self.device, self.max_context)
+        self._session: Any = self._open(threads)
+        self._run_options: Any = None
+        self._cache: OnnxCache = make_cache(bundle.cache, self.device, self.max_context)
         self._binding: Any = self._session.io_binding()
         self._mask = np.ones((1, 256), np.int64)
 
@@ -84,7 +90,9 @@ class OnnxRuntime(CacheBookkeeping):
         rows = np.empty((batch, sequence, self.vocab_size), np.float32)
         for start, stop in zip(starts, [*starts[1:], sequence], strict=True):
             ids = token_ids[:, start:stop]
-            inputs = _inputs(ids, mask[:, :stop], np.broadcast_to(places[start:stop], ids.shape), 0)
+            inputs = graph_inputs(
+                ids, mask[:, :stop], np.broadcast_to(places[start:stop], ids.shape), 0
+            )
             inputs |= self._rope_inputs(batch)
             binding = self._session.io_binding()
             self._run_bound(binding, inputs, rows[:, start:stop], cache, start, stop)
@@ -94,7 +102,7 @@ class OnnxRuntime(CacheBookkeeping):
     def plain_logits(self, token_ids: TokenIds) -> Logits:
         """See ``GivesPlainLogits``; another session takes this one's place for it."""
         graph, chosen = plain_graph(self.folder / GRAPH_FILE), self._session
-        self._session = _open_session(self.bundle, self.device, None, graph)
+        self._session = open_session(self.bundle, self.device, None, graph=graph)
         try:
             return self.logits(token_ids)
         finally:
@@ -105,10 +113,10 @@ class OnnxRuntime(CacheBookkeeping):
         valid, places = self._require_rows(token_ids, None, None)
         path, layers = self.folder / GRAPH_FILE, self.bundle.cache["layers"]
         graph, names = probed_graph(path, layers)
-        session = _open_session(self.bundle, self.device, None, graph)
+        session = open_session(self.bundle, self.device, None, graph=graph)
         binding = session.io_binding()
         mask = np.ones_like(token_ids)
-        inputs = _inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
+        inputs = graph_inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
         inputs |= self._rope_inputs(len(token_ids))
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
@@ -151,6 +159,13 @@ class OnnxRuntime(CacheBookkeeping):
     def _reserve(self, length: int) -> None:
         self._cache.reserve(self.cache_length, length)
 
+    def _open(self, threads: int | None) -> Any:
+        return open_session(self.bundle, self.device, threads, record=self._record_folder)
+
+    @property
+    def _record_folder(self) -> Path | None:
+        return Path(self._record.name) if self._record else None
+
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         past, new = self.cache_length, token_ids.shape[1]
         total = past + new
@@ -158,7 +173,7 @@ class OnnxRuntime(CacheBookkeeping):
             self._mask = np.ones((1, 2 * total), np.int64)
         positions = np.arange(past, total)[None]
         rows = np.empty((1, keep, self.vocab_size), np.float32)
-        inputs = _inputs(token_ids, self._mask[:, :total], positions, keep)
+        inputs = graph_inputs(token_ids, self._mask[:, :total], positions, keep)
         inputs |= self._rope_inputs(1)
         self._run_bound(self._binding, inputs, rows, self._cache, past, total)
         self._cache.collect(self._binding)
@@ -175,7 +190,7 @@ class OnnxRuntime(CacheBookkeeping):
         self._require_fits(token_ids)
         positions = past + np.arange(rows)[:, None]
         mask = np.arange(past + rows)[None] <= positions
-        inputs = _inputs(np.array(token_ids)[:, None], mask, positions, 1)
+        inputs = graph_inputs(np.array(token_ids)[:, None], mask, positions, 1)
         inputs |= self._rope_inputs(rows)
         logits = np.empty((rows, 1, self.vocab_size), np.float32)
         binding = self._session.io_binding()
@@ -201,8 +216,13 @@ class OnnxRuntime(CacheBookkeeping):
         """Which YaRN factor is in use, where there is a choice."""
         if len(self.rope_contexts) == 1:
             return {}
-        index = list(self.rope_contexts).index(self.rope_factor)
-        return {"rope_index": ort.OrtValue.ortvalue_from_numpy(np.full(rows, index, np.int64))}
+        index = np.full(rows, self._rope_index, np.int64)
+        return {"rope_index": ort.OrtValue.ortvalue_from_numpy(index)}
+
+    @property
+    def _rope_index(self) -> int:
+        """Of the segment that belongs to the factor in use."""
+        return list(self.rope_contexts).index(self.rope_factor)
 
     def run_rows(
         self, cache: BindsCache, token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int
@@ -218,7 +238,7 @@ class OnnxRuntime(CacheBookkeeping):
         """
         rows = np.empty((len(token_ids), keep, self.vocab_size), np.float32)
         past, total = mask.shape[1] - token_ids.shape[1], mask.shape[1]
-        inputs = _inputs(token_ids, mask, positions, keep)
+        inputs = graph_inputs(token_ids, mask, positions, keep)
         inputs |= self._rope_inputs(len(token_ids))
         self._run_bound(self._session.io_binding(), inputs, rows, cache, past, total)
         return rows
@@ -238,10 +258,13 @@ class OnnxRuntime(CacheBookkeeping):
         logits = ort.OrtValue.ortvalue_from_numpy(rows)
         binding.bind_ortvalue_output("logits", logits)
         cache.bind(binding, past, total)
+        self._execute(binding, self._run_options)
+
+    def _execute(self, binding: Any, run_options: Any) -> None:
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, run_options)
         except Exception as error:
-            raise _not_runnable(self.bundle, error) from None
+            raise not_runnable(self.bundle, error) from None
 
     def _truncate_cache(self, length: int) -> None:
         self._cache.truncate(length)
@@ -261,7 +284,8 @@ class _AsRows:
         self._cache.bind_rows(binding, self._rows, past, total)
 
 
-def _inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:
+def graph_inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:
+    """Inputs of a run as OrtValues of the host, by name."""
     # bind_cpu_input does not know inputs that have a default; an OrtValue is not looked up.
     values = {
         "input_ids": token_ids,
@@ -278,17 +302,22 @@ def _inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> d
 def available_devices() -> list[str]:
     """Devices that this onnxruntime was built for."""
     providers = ort.get_available_providers()
-    return [device for device, provider in _PROVIDERS.items() if provider in providers]
+    return [device for device, provider in PROVIDERS.items() if provider.name in providers]
 
 
-def _choose_device(bundle: Bundle, device: str) -> str:
+def choose_device(bundle: Bundle, device: str) -> str:
+    """The device that a bundle is run on; ``auto`` is what it was made for, if that is here.
+
+    Raises:
+        BackendError: it is not here, or the bundle is not for it.
+    """
     if device == "auto":
         device = bundle.device if bundle.device in available_devices() else "cpu"
-    if device not in _PROVIDERS:
+    if device not in PROVIDERS:
         raise BackendError(f"device must be auto, cpu or cuda, got {device!r}")
     if device not in available_devices():
         raise BackendError(
-            f"onnxruntime {ort.__version__} has no {_PROVIDERS[device]} here; "
+            f"onnxruntime {ort.__version__} has no {PROVIDERS[device].name} here; "
             f'pip install "qwen2x[{device}]" (and uninstall the other onnxruntime first)'
         )
     if device == "cuda" and bundle.device == "cpu":
@@ -303,11 +332,13 @@ def _choose_device(bundle: Bundle, device: str) -> str:
     return device
 
 
-def _not_runnable(bundle: Bundle, error: Exception) -> Exception:
-    """The errors of onnxruntime as a BundleError; anything else as it is."""
+def not_runnable(bundle: Bundle, error: Exception) -> Exception:
+    """The errors of onnxruntime as a BundleError or BackendError; anything else as it is."""
     kind = type(error)
     if not kind.__module__.startswith("onnxruntime") and kind is not RuntimeError:
         return error
+    if is_out_of_memory(str(error)):
+        return out_of_memory(bundle)
     reason = str(error).strip().splitlines()[0]
     return BundleError(f"onnxruntime cannot use {bundle.folder / GRAPH_FILE}: {reason}")
 
@@ -327,39 +358,44 @@ def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
         )
 
 
-def _open_session(
+def open_session(
     bundle: Bundle,
     device: str,
     threads: int | None,
+    *,
     graph: bytes | None = None,
+    provider_options: Mapping[str, str] | None = None,
     record: Path | None = None,
 ) -> Any:
     """A session of the bundle's graph, or of one in memory that uses the bundle's weights.
 
     ``record`` is a folder for what the session's profiler writes.
     """
+    provider = PROVIDERS[device]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     if record is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(record / "runs")
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")
-    providers: list[Any] = [_PROVIDERS[device]]
-    if device == "cuda":
+    for key, value in provider.session.items():
+        options.add_session_config_entry(key, value)
+    providers: list[Any] = [(provider.name, {**provider.options, **(provider_options or {})})]
+    if provider.has_own_memory:
         ort.preload_dlls()
-        providers.append(_PROVIDERS["cpu"])
+        providers.append(PROVIDERS["cpu"].name)
+    model: Any = graph
+    if graph is None:
+        model = bundle.folder / GRAPH_FILE
+    else:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.folder))
     try:
-        if graph is None:
-            session = ort.InferenceSession(bundle.folder / GRAPH_FILE, options, providers=providers)
-        else:
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.folder))
-            session = ort.InferenceSession(graph, options, providers=providers)
+        session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:
-        raise _not_runnable(bundle, error) from None
-    if _PROVIDERS[device] not in session.get_providers():
+        raise not_runnable(bundle, error) from None
+    if provider.name not in session.get_providers():
         raise BackendError(
-            f"onnxruntime could not start {_PROVIDERS[device]}; check the driver and the CUDA "
+            f"onnxruntime could not start {provider.name}; check the driver and the CUDA "
             "libraries, or use --device cpu"
         )
     _require_promised_shapes(bundle, session)

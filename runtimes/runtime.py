@@ -139,10 +139,11 @@ class Runtime(Protocol):
 
 @runtime_checkable
 class SamplesAhead(Protocol):
-    """A runtime that also chooses tokens, and queues a step before the last choice is taken.
+    """A runtime that also chooses tokens, so that their logits can stay on its device.
 
-    So its device has work while the host turns a token into text. Choices are those that
-    ``Sampler`` would make of the same logits with the same seed.
+    It may queue a step before the last choice is taken, so that the device has work while the host
+    turns a token into text. Choices are those that ``Sampler`` would make of the same logits with
+    the same seed.
     """
 
     def sample_ahead(
@@ -250,7 +251,7 @@ def open_runtime(
     elif bundle.target == "mlx":
         opened = module.MlxRuntime(bundle, device=device, kv_bits=kv_bits, **limits)
     else:
-        opened = module.OnnxRuntime(bundle, device=device, threads=threads, record=record, **limits)
+        opened = module.open_onnx(bundle, device=device, threads=threads, record=record, **limits)
     return opened
 
 

@@ -92,35 +92,76 @@ class Sampler:
         Raises:
             RequestError: logits that are not finite.
         """
-        logits = self._penalize(logits)
+        token_id = self._pick(self._penalize(logits))
+        self._remember(token_id)
+        return token_id
+
+    def choose_among(self, ids: NDArray[np.int64], logits: Logits, known: int) -> int | None:
+        """The token that ``choose`` would give, from the likeliest alone.
+
+        Args:
+            ids: int64 [n], rising.
+            logits: float32 [n], theirs. No token that is missing has one above the least of them.
+            known: only tokens below it are chosen.
+
+        Returns:
+            None where these do not decide it, and nothing is remembered then.
+        """
+        sampling = self.sampling
+        wanted = 1 if sampling.temperature == 0 else sampling.top_k
+        floor, count = logits.min(), int(np.searchsorted(ids, known))
+        ids, logits = ids[:count], logits[:count]
+        if sampling.repetition_penalty < 1 or not 0 < wanted <= count:
+            return None
+        if sampling.repetition_penalty != 1:
+            logits = self._lower(logits, self._places_seen(ids))
+        # One that equals the floor may be tied with one that is missing.
+        least = logits.max() if wanted == 1 else np.partition(logits, -wanted)[-wanted]
+        if not least > floor:
+            return None
+        token_id = int(ids[self._pick(logits)])
+        self._remember(token_id)
+        return token_id
+
+    def _places_seen(self, ids: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Which of these stand in the context."""
+        if not len(self._seen):
+            return np.empty(0, np.intp)
+        nearest = np.minimum(np.searchsorted(self._seen, ids), len(self._seen) - 1)
+        return np.flatnonzero(self._seen[nearest] == ids)
+
+    def _pick(self, logits: Logits) -> int:
+        """The place of the choice among logits that the penalty is in."""
         best = int(logits.argmax())
         if not np.isfinite(logits[best]):
             raise RequestError(NOT_FINITE)
         if self.sampling.temperature == 0:
-            token_id = best
-        else:
-            ids, probabilities = self._distribution(logits)
-            token_id = int(ids[self._draw(probabilities)])
-        self._remember(token_id)
-        return token_id
+            return best
+        places, probabilities = self._distribution(logits)
+        return int(places[self._draw(probabilities)])
 
     def _penalize(self, logits: Logits) -> Logits:
+        return self._lower(logits, self._seen[: np.searchsorted(self._seen, len(logits))])
+
+    def _lower(self, logits: Logits, places: NDArray[np.integer]) -> Logits:
+        """The logits with the penalty at these places."""
         penalty = np.float32(self.sampling.repetition_penalty)
-        if penalty == 1 or not len(self._seen):
+        if penalty == 1 or not len(places):
             return logits
-        seen = self._seen[: np.searchsorted(self._seen, len(logits))]
         logits = logits.copy()
-        values = logits[seen]
-        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        values = logits[places]
+        logits[places] = np.where(values > 0, values / penalty, values * penalty)
         return logits
 
     def _remember(self, token_id: int) -> None:
+        if self.sampling.repetition_penalty == 1:
+            return
         place = int(np.searchsorted(self._seen, token_id))
         if place == len(self._seen) or self._seen[place] != token_id:
             self._seen = np.insert(self._seen, place, token_id)
 
     def _distribution(self, logits: Logits) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Ids of the tokens that may be drawn, and their probabilities."""
+        """Places of the tokens that may be drawn, and their probabilities."""
         sampling = self.sampling
         ids = _top_k(logits, sampling.top_k)
         below = logits[ids].astype(np.float64) - logits.max()

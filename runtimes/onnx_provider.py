@@ -1,0 +1,47 @@
+"""How ONNX Runtime is set up for each device, as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One device of ONNX Runtime.
+
+    Attributes:
+        name: the execution provider's.
+        options: of the provider.
+        session: entries of the session's configuration, by ``onnxruntime_session_options_config_
+            keys.h`` and, for ``ep.cuda``, ``matmul_nbits.h`` of onnxruntime 1.31.
+        graph_options: of the provider, where a decode step shall be captured as a CUDA graph.
+        has_own_memory: arrays are copied to the device and back.
+    """
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    session: Mapping[str, str] = field(default_factory=dict)
+    graph_options: Mapping[str, str] | None = None
+    has_own_memory: bool = False
+
+
+PROVIDERS = {
+    "cpu": Provider(
+        name="CPUExecutionProvider",
+        session={"session.prepack.enable_parallel": "1"},
+    ),
+    "cuda": Provider(
+        name="CUDAExecutionProvider",
+        # float32 means float32, and an arena that doubles would take twice a model's memory.
+        options={"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"},
+        # The fpA_intB kernel (``ep.cuda.fpa_intb_gemm``) stays off: it was slower on an H200, see
+        # docs/performance.md. ORT_FPA_INTB_GEMM=1 turns it on; a bias in the node would forbid it.
+        session={
+            "optimization.disable_specified_optimizers": "MatMulNBitsFusion",
+            "session.use_device_allocator_for_initializers": "1",
+        },
+        graph_options={"enable_cuda_graph": "1"},
+        has_own_memory=True,
+    ),
+}
