@@ -123,12 +123,9 @@ class OnnxRuntime(CacheBookkeeping):
         self._require_fits(token_ids)
         positions = past + np.arange(rows)[:, None]
         mask = np.arange(past + rows)[None] <= positions
-        inputs = _inputs(np.array(token_ids)[:, None], mask, positions, 1)
-        logits = np.empty((rows, 1, self.vocab_size), np.float32)
-        binding = self._session.io_binding()
-        self._run_bound(binding, inputs, logits, _AsRows(cache, rows), past, past + rows)
+        new = np.array(token_ids, np.int64)[:, None]
+        guessed: Logits = self.run_rows(_AsRows(cache, rows), new, mask, positions, 1)[:, 0]
         self.cached_ids.extend(token_ids)
-        guessed: Logits = logits[:, 0]
         return guessed
 
     def _mirrored_cache(self) -> MirroredCache | None:
@@ -157,7 +154,8 @@ class OnnxRuntime(CacheBookkeeping):
             keep: logits of the last so many tokens.
         """
         rows = np.empty((len(token_ids), keep, self.vocab_size), np.float32)
-        past, total = mask.shape[1] - token_ids.shape[1], mask.shape[1]
+        total = mask.shape[1]
+        past = total - token_ids.shape[1]
         inputs = _inputs(token_ids, mask, positions, keep)
         self._run_bound(self._session.io_binding(), inputs, rows, cache, past, total)
         return rows
