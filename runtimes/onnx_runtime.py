@@ -124,7 +124,7 @@ class OnnxRuntime(CacheBookkeeping):
         positions = past + np.arange(rows)[:, None]
         mask = np.arange(past + rows)[None] <= positions
         new = np.array(token_ids, np.int64)[:, None]
-        guessed: Logits = self.run_rows(_AsRows(cache, rows), new, mask, positions, 1)[:, 0]
+        guessed: Logits = self.run_rows(_AsRows(cache, past, rows), new, mask, positions, 1)[:, 0]
         self.cached_ids.extend(token_ids)
         return guessed
 
@@ -190,12 +190,12 @@ class OnnxRuntime(CacheBookkeeping):
 class _AsRows(OnnxCache):
     """A mirrored cache that is bound as those of several rows."""
 
-    def __init__(self, cache: MirroredCache, rows: int) -> None:
-        self._cache, self._rows = cache, rows
+    def __init__(self, cache: MirroredCache, past: int, rows: int) -> None:
+        self._cache, self._past, self._rows = cache, past, rows
 
     def bind(self, binding: Any, past: int, total: int) -> None:
-        """See ``OnnxCache``."""
-        self._cache.bind_rows(binding, self._rows, past, total)
+        """See ``OnnxCache``; what is there already ends where the first row does."""
+        self._cache.bind_rows(binding, self._rows, self._past, total)
 
     def collect(self, binding: Any) -> None:
         """Nothing to do: the run wrote into the buffers."""
