@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, SharedCache, make_cache
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
+from qwen2x.runtimes.profile import GraphRun, read_runs
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds, integers
 
 GRAPH_FILE = "model.onnx"
@@ -34,8 +37,10 @@ class OnnxRuntime(CacheBookkeeping):
         device: str = "auto",
         threads: int | None = None,
         prefill_chunk: int = DEFAULT_CHUNK,
+        record: bool = False,
     ) -> None:
         super().__init__()
+        self._record = tempfile.TemporaryDirectory() if record else None
         self.bundle = bundle
         self.folder = bundle.folder
         self.device = _choose_device(bundle, device)
@@ -46,7 +51,9 @@ class OnnxRuntime(CacheBookkeeping):
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight
         self.prefill_chunk = prefill_chunk
-        self._session: Any = _open_session(bundle, self.device, threads)
+        self._session: Any = _open_session(
+            bundle, self.device, threads, record=Path(self._record.name) if self._record else None
+        )
         self._cache = make_cache(bundle.cache, self.device, self.max_context)
         self._binding: Any = self._session.io_binding()
         self._mask = np.ones((1, 256), np.int64)
@@ -94,8 +101,18 @@ class OnnxRuntime(CacheBookkeeping):
         rows = [value.numpy()[0] for value in binding.get_outputs()[: len(names)]]
         return np.stack([row.astype(np.float32) for row in rows])
 
+    def recorded_runs(self) -> list[GraphRun]:
+        """See ``RecordsRuns``; none, if the runtime was not opened to record them."""
+        if self._record is None:
+            return []
+        runs = read_runs(Path(self._session.end_profiling()))
+        self._record.cleanup()
+        self._record = None
+        return runs
+
     def close(self) -> None:
         """Gives session and cache back."""
+        self.recorded_runs()
         self._binding = None
         self._cache.truncate(0)
         self._session = None
@@ -271,12 +288,22 @@ def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
 
 
 def _open_session(
-    bundle: Bundle, device: str, threads: int | None, graph: bytes | None = None
+    bundle: Bundle,
+    device: str,
+    threads: int | None,
+    graph: bytes | None = None,
+    record: Path | None = None,
 ) -> Any:
-    """A session of the bundle's graph, or of one in memory that uses the bundle's weights."""
+    """A session of the bundle's graph, or of one in memory that uses the bundle's weights.
+
+    ``record`` is a folder for what the session's profiler writes.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
+    if record is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(record / "runs")
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
     providers: list[Any] = [_PROVIDERS[device]]
     if device == "cuda":
