@@ -190,13 +190,9 @@ class OnnxRuntime(CacheBookkeeping):
         self._require_fits(token_ids)
         positions = past + np.arange(rows)[:, None]
         mask = np.arange(past + rows)[None] <= positions
-        inputs = graph_inputs(np.array(token_ids)[:, None], mask, positions, 1)
-        inputs |= self._rope_inputs(rows)
-        logits = np.empty((rows, 1, self.vocab_size), np.float32)
-        binding = self._session.io_binding()
-        self._run_bound(binding, inputs, logits, _AsRows(cache, rows), past, past + rows)
+        new = np.array(token_ids, np.int64)[:, None]
+        guessed: Logits = self.run_rows(_AsRows(cache, past, rows), new, mask, positions, 1)[:, 0]
         self.cached_ids.extend(token_ids)
-        guessed: Logits = logits[:, 0]
         return guessed
 
     def _mirrored_cache(self) -> MirroredCache | None:
@@ -237,7 +233,8 @@ class OnnxRuntime(CacheBookkeeping):
             keep: logits of the last so many tokens.
         """
         rows = np.empty((len(token_ids), keep, self.vocab_size), np.float32)
-        past, total = mask.shape[1] - token_ids.shape[1], mask.shape[1]
+        total = mask.shape[1]
+        past = total - token_ids.shape[1]
         inputs = graph_inputs(token_ids, mask, positions, keep)
         inputs |= self._rope_inputs(len(token_ids))
         self._run_bound(self._session.io_binding(), inputs, rows, cache, past, total)
@@ -276,12 +273,12 @@ class OnnxRuntime(CacheBookkeeping):
 class _AsRows:
     """A mirrored cache that is bound as those of several rows."""
 
-    def __init__(self, cache: MirroredCache, rows: int) -> None:
-        self._cache, self._rows = cache, rows
+    def __init__(self, cache: MirroredCache, past: int, rows: int) -> None:
+        self._cache, self._past, self._rows = cache, past, rows
 
     def bind(self, binding: Any, past: int, total: int) -> None:
-        """See ``BindsCache``."""
-        self._cache.bind_rows(binding, self._rows, past, total)
+        """See ``BindsCache``; what is there already ends where the first row does."""
+        self._cache.bind_rows(binding, self._rows, self._past, total)
 
 
 def graph_inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> dict[str, Any]:

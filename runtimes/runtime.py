@@ -89,10 +89,7 @@ class Runtime(Protocol):
         ...
 
     def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
-        """Runs tokens behind the cache in one pass and gives all rows float32 [tokens, vocab].
-
-        Where the kernels allow it, each is in every bit what ``decode`` gives.
-        """
+        """All rows [tokens, vocab] of one pass; what ``decode`` gives, where kernels allow it."""
         ...
 
     def logits(
