@@ -12,7 +12,7 @@ from qwen2x.runtimes.memory_needs import Chunking
 from qwen2x.runtimes.rope_choice import Yarn, choose_rope
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, DEFAULT_PREFILL_MEMORY
 
-# Interpreter, backend and tokenizer (measured with onnxruntime 1.32 and mlx 0.32.4 on Linux).
+# Interpreter, backend and tokenizer: about what onnxruntime 1.32 takes on Linux beside weights.
 LIBRARY_BYTES = 200_000_000
 
 
