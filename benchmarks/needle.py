@@ -32,7 +32,7 @@ from qwen2x.runtimes.runtime import Runtime, open_runtime
 from qwen2x.runtimes.sampler import Sampling
 
 NEW_TOKENS = 32
-FACT = "The number of the locker in which Ada keeps her violin is {number}. "
+FACT = " The number of the locker in which Ada keeps her violin is {number}."
 QUESTION = (
     "\n\nWhat is the number of the locker in which Ada keeps her violin? "
     "Answer with the number alone."
@@ -114,7 +114,7 @@ def hidden(runtime: Runtime, fact: str, tokens: int, depth: float) -> list[int]:
 
     def prompt_ids(sentences: list[str]) -> list[int]:
         place = round(depth * len(sentences))
-        text = "".join([*sentences[:place], fact, *sentences[place:]])
+        text = "".join([*sentences[:place], fact, *sentences[place:]]).lstrip()
         return files.prompt_ids([{"role": "user", "content": text + QUESTION}])
 
     room = tokens - len(prompt_ids([]))
@@ -133,7 +133,8 @@ def hidden(runtime: Runtime, fact: str, tokens: int, depth: float) -> list[int]:
 def filler() -> list[str]:
     """The sentences of a prose text."""
     text = " ".join((TEXTS / "prose.txt").read_text("utf-8").split())
-    return [f"{sentence}. " for sentence in text.split(". ") if sentence]
+    # Tokens of a word hold the space before it: so the counts of sentences add up.
+    return [f" {sentence.strip('.')}." for sentence in text.split(". ") if sentence]
 
 
 if __name__ == "__main__":
