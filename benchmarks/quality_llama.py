@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,15 @@ _SCRIPT = Path(__file__).with_name("quality_llama_run.py")
 
 
 def llama_environment() -> Environment:
-    """llama-cpp-python, compiled once under ``.cache``.
+    """llama-cpp-python, compiled for this machine once under ``.cache``.
+
+    On x86-64 without AMX: with weights that 0.3.36 repacks for it, llama_decode crashes.
 
     Raises:
         CannotInstallError: for want of a network or a compiler.
     """
-    return open_environment("llama-cpp")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return open_environment("llama-cpp-x86" if is_x86 else "llama-cpp")
 
 
 def quantize_with_llama(environment: Environment, checkpoint: Path, out: Path, kind: str) -> None:

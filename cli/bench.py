@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +12,13 @@ import click
 
 from qwen2x.cli.machine import peak_memory_bytes, physical_cores
 from qwen2x.cli.options import json_option, place_options
-from qwen2x.cli.output import log, print_json, print_table, size_text
+from qwen2x.cli.output import log, print_columns, print_json, print_table, size_text
 
 if TYPE_CHECKING:
     from qwen2x.runtimes.bench import Speed
+    from qwen2x.runtimes.profile import Profile
+
+_SHOWN_OPERATORS = 8
 
 
 @click.command("bench", epilog="\b\nExample: qwen2x bench qwen-int4 --threads 2")
@@ -39,6 +44,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Runs that the medians are of.",
 )
+@click.option(
+    "--profile",
+    "with_profile",
+    is_flag=True,
+    help="Also show where a prefill and a decode step go: operators, sampling, Python, and reading "
+    "the weights. Default: speeds only.",
+)
 @place_options
 @json_option
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
@@ -63,6 +75,46 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
             ("peak memory", size_text(result["peak_memory_bytes"])),
         ]
     )  # fmt: skip
+    if "profile" in result:
+        show_profile(result)
+
+
+def show_profile(result: Mapping[str, Any]) -> None:
+    """The stages' longest operators, and what is around the graph."""
+    found = result["profile"]
+    click.echo(
+        f"\nmemory gives {found['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s to "
+        f"{result['threads']} threads; a decode step uses {found['weights_share']:.0%} of that for "
+        "its weights"
+    )
+    for name, what in (("prefill", f"{result['prompt_tokens']} tokens"), ("decode", "one step")):
+        stage = found[name]
+        click.echo(f"\n{name}, {what}: {1e3 * stage['seconds']:.1f} ms")
+        parts = [*stage["operators"][:_SHOWN_OPERATORS]]
+        rest = stage["operators"][_SHOWN_OPERATORS:]
+        parts.append(_sum_of("other operators", rest))
+        parts.append({"name": "sampling", "seconds": stage["sampling_s"]})
+        parts.append({"name": "Python around the graph", "seconds": stage["host_s"]})
+        print_columns(
+            [
+                (
+                    part["name"],
+                    f"{1e3 * part['seconds']:8.2f} ms",
+                    f"{part['seconds'] / stage['seconds']:6.1%}",
+                    f"{part['calls']} calls" if part.get("calls") else "",
+                )
+                for part in parts
+                if part["seconds"]
+            ]
+        )
+
+
+def _sum_of(name: str, operators: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "calls": sum(operator["calls"] for operator in operators),
+        "seconds": sum(operator["seconds"] for operator in operators),
+    }
 
 
 def run_bench(
@@ -75,17 +127,24 @@ def run_bench(
     device: str = "auto",
     graph: bool = False,
     kv_bits: str | None = None,
+    with_profile: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """The object that ``bench --json`` prints; each run is told on standard error unless quiet."""
     from qwen2x.cli.judging import read_text
     from qwen2x.runtimes.bench import bench
     from qwen2x.runtimes.generate import read_text_files
+    from qwen2x.runtimes.profile import profile
     from qwen2x.runtimes.runtime import open_runtime
 
     started = time.perf_counter()
-    bits = int(kv_bits) if kv_bits else None
-    with open_runtime(bundle, device=device, threads=threads, graph=graph, kv_bits=bits) as runtime:
+    place: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "graph": graph,
+        "kv_bits": int(kv_bits) if kv_bits else None,
+    }
+    with open_runtime(bundle, **place) as runtime:
         load_s = time.perf_counter() - started
         text_ids = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
         if not quiet:
@@ -94,7 +153,7 @@ def run_bench(
             (lambda run, speed: None) if quiet else (lambda run, speed: _tell(run, speed, repeat))
         )
         speed = bench(runtime, text_ids, prompt_tokens, new_tokens, repeat, tell)
-        return {
+        result = {
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
             "repeats": repeat,
@@ -109,6 +168,24 @@ def run_bench(
             "backend": runtime.backend,
             "device": runtime.device,
         }
+    if with_profile:
+        # Recording takes time: it has a runtime of its own.
+        with open_runtime(bundle, **place, record=True) as runtime:
+            cores = threads or physical_cores()
+            found = profile(runtime, text_ids, prompt_tokens, new_tokens, cores)
+            result["profile"] = _profile_json(found, runtime.weight_bytes)
+    return result
+
+
+def _profile_json(found: Profile, weight_bytes: int) -> dict[str, Any]:
+    stages = {name: asdict(stage) for name, stage in found.stages.items()}
+    for name, stage in found.stages.items():
+        stages[name]["host_s"] = stage.host_s
+    return {
+        "read_bandwidth_bytes_per_s": found.read_bandwidth,
+        "weights_share": found.weights_share(weight_bytes),
+        **stages,
+    }
 
 
 def _tell(run: int, speed: Speed, repeat: int) -> None:

@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     help="4-bit groups may have zero points of their own: closer for their size, slower on CPUs.",
 )  # fmt: skip
 @click.option(
+    "--prefer", type=click.Choice(["quality", "speed"]), default="quality", show_default=True,
+    help="speed: fewer bytes in what multiplies fastest (groups of 64 and 128, no 6 bits, no zero "
+    "points), for 4 bits, 8 bits and budgets.",
+)  # fmt: skip
+@click.option(
     "--calibration", type=click.Path(),
     help="The text to measure with and to fit to. Default: a built-in mix.",
 )  # fmt: skip
@@ -169,7 +174,7 @@ def _print(source: str, done: Export, result: dict[str, Any]) -> None:
 
 def _refuse_without_bits(kv_bits: str | None) -> None:
     """Options of quantization that were given, but would have no effect."""
-    names = ("group_size", "method", "asymmetric", *(() if kv_bits else ("calibration",)))
+    names = ("group_size", "method", "asymmetric", "prefer", *(() if kv_bits else ("calibration",)))
     context = click.get_current_context()
     given = [
         f"--{name.replace('_', '-')}"

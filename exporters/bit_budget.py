@@ -19,6 +19,8 @@ MakePlan = Callable[[BitPlan], Plan]
 # Bits per weight of --bits 4: what llama.cpp's Q4_0 takes. It gives a head more than layers, and
 # still more where its blocks of 256 do not fit.
 _PRESET_LAYERS, _PRESET_HEAD, _PRESET_NARROW_HEAD = 4.5, 6.5, 8.3
+# The same with --prefer speed, of all weights.
+_FAST_PRESET = 4.6
 # What compensated rounding leaves of the loss of plain rounding to 4 bits in groups of 32, on the
 # 0.5B checkpoint and text that nothing was fitted to. An embedding is not compensated. In larger
 # groups more of the loss is made up for.
@@ -41,6 +43,14 @@ SCHEMES = (
     *(Scheme(bits=4, group_size=size, is_symmetric=False) for size in GROUP_SIZES),
     *(Scheme(bits=6, group_size=size) for size in GROUP_SIZES),
     *(Scheme(bits=8, group_size=size) for size in (32, 128)),
+)
+
+
+# What --prefer speed chooses from: 6 bits are two products, a scale costs as much as eight codes.
+_FAST = frozenset(
+    scheme
+    for scheme in SCHEMES
+    if scheme.bits != 6 and scheme.is_symmetric and scheme.group_size >= 64
 )
 
 
@@ -128,9 +138,12 @@ def _offers(config: Qwen2Config, losses: Losses, options: Options) -> dict[str, 
         if not losses[unit]:
             Scheme(bits=4, group_size=GROUP_SIZES[0]).require_divides(_columns(config, unit), unit)
         parts = (EMBEDDING, HEAD) if unit == EMBEDDING and config.is_tied else (unit,)
-        for scheme in losses[unit]:
-            if not _is_offered(unit, scheme, options):
-                continue
+        offered = [scheme for scheme in losses[unit] if _is_offered(unit, scheme, options)]
+        # Of columns that larger groups do not divide.
+        offered = offered or [
+            scheme for scheme in losses[unit] if scheme.bits != 6 and scheme.is_symmetric
+        ]
+        for scheme in offered:
             loss = sum(losses[part][scheme] * _kept(part, scheme, options) for part in parts)
             size = scheme.bits_per_weight * parameters / 8
             of_unit.append(Offer(scheme=scheme, bytes=size, loss=loss))
@@ -140,6 +153,8 @@ def _offers(config: Qwen2Config, losses: Losses, options: Options) -> dict[str, 
 
 def _is_offered(unit: str, scheme: Scheme, options: Options) -> bool:
     """6 bits are no table's, whose rows GatherBlockQuantized looks up, and have no CUDA kernel."""
+    if options.prefer == "speed" and scheme not in _FAST:
+        return False
     if scheme.bits == 6:
         return unit not in (EMBEDDING, HEAD) and options.device != "cuda"
     return scheme.is_symmetric or options.asymmetric
@@ -173,6 +188,8 @@ class _Budget:
         parameters = parameters_of_units(self.config)
         if self.options.bits_per_weight is not None:
             return self.options.bits_per_weight * sum(parameters.values()) / 8
+        if self.options.prefer == "speed":
+            return _FAST_PRESET * sum(parameters.values()) / 8
         last = EMBEDDING if self.config.is_tied else HEAD
         rest = sum(count for unit, count in parameters.items() if unit != last)
         head = _PRESET_HEAD if self.config.hidden_size % 256 == 0 else _PRESET_NARROW_HEAD

@@ -54,7 +54,7 @@ def export(
         on_layer: called with what is done to layers, with how many, and of how many.
         source_name: what the manifest calls the source, if not its id or folder name.
         **options: the other fields of ``Options``: bits, group_size, bits_per_weight, max_bytes,
-            asymmetric, method, calibration, kv_bits, dtype, device, max_context, graph.
+            asymmetric, prefer, method, calibration, kv_bits, dtype, device, max_context, graph.
 
     Raises:
         InputError: a source, option or folder that does not fit; nothing is left behind.
@@ -83,7 +83,7 @@ def _without_text(options: Options, folder: Path) -> Options:
         return options
     if (folder / "tokenizer.json").is_file():
         return options
-    return replace(options, method="rtn", asymmetric=False)
+    return replace(options, method="rtn", asymmetric=False, prefer="quality")
 
 
 def plan_checkpoint(

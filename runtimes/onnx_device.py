@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.onnx_candidates import graph_with_candidates
 from qwen2x.runtimes.onnx_cache import SharedCache
-from qwen2x.runtimes.onnx_provider import PROVIDERS
+from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
 from qwen2x.runtimes.onnx_runtime import (
     GRAPH_FILE,
     OnnxRuntime,
@@ -35,12 +36,20 @@ def open_onnx(
     device: str = "auto",
     threads: int | None = None,
     prefill_chunk: int = DEFAULT_CHUNK,
+    record: bool = False,
 ) -> OnnxRuntime:
-    """The runtime that is right for a device."""
+    """The runtime that is right for a device; one that records its runs captures none."""
     chosen = choose_device(bundle, device)
     is_resident = PROVIDERS[chosen].has_own_memory and bundle.cache["layout"] == "shared"
-    kind = DeviceRuntime if is_resident else OnnxRuntime
-    return kind(bundle, device=chosen, threads=threads, prefill_chunk=prefill_chunk)
+    options: dict[str, Any] = {
+        "device": chosen,
+        "threads": threads,
+        "prefill_chunk": prefill_chunk,
+        "record": record,
+    }
+    if is_resident:
+        return DeviceRuntime(bundle, is_captured=not record, **options)
+    return OnnxRuntime(bundle, **options)
 
 
 class DeviceRuntime(OnnxRuntime):
@@ -58,11 +67,14 @@ class DeviceRuntime(OnnxRuntime):
         device: str = "auto",
         threads: int | None = None,
         prefill_chunk: int = DEFAULT_CHUNK,
+        record: bool = False,
         is_captured: bool = True,
     ) -> None:
         self._is_captured = is_captured
         self._count = min(CANDIDATES, bundle.vocab_size)
-        super().__init__(bundle, device=device, threads=threads, prefill_chunk=prefill_chunk)
+        super().__init__(
+            bundle, device=device, threads=threads, prefill_chunk=prefill_chunk, record=record
+        )
         self._run_options = no_capture()
         self._cache: SharedCache = SharedCache(
             bundle.cache, self.device, self.max_context, is_kept=True
@@ -107,12 +119,9 @@ class DeviceRuntime(OnnxRuntime):
         super().close()
         self._step.close()
 
-    def _open(self, threads: int | None) -> Any:
+    def _open(self, start: Start) -> Any:
         graph = graph_with_candidates(self.folder / GRAPH_FILE, self.vocab_size, self._count)
-        options = PROVIDERS[self.device].graph_options if self._is_captured else None
-        return open_session(
-            self.bundle, self.device, threads, graph=graph, provider_options=options
-        )
+        return open_session(self.bundle, replace(start, is_captured=self._is_captured), graph)
 
     def _advance(self, token_ids: list[int]) -> None:
         """Runs tokens behind the cache and leaves on the device what follows them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.device_memory import is_out_of_memory, out_of_memory
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import ConcatenatedCache, OnnxCache, make_cache
-from qwen2x.runtimes.onnx_provider import PROVIDERS
+from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
+from qwen2x.runtimes.profile import GraphRun, read_runs
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, CacheBookkeeping, Logits, TokenIds
 
 GRAPH_FILE = "model.onnx"
@@ -33,8 +36,10 @@ class OnnxRuntime(CacheBookkeeping):
         device: str = "auto",
         threads: int | None = None,
         prefill_chunk: int = DEFAULT_CHUNK,
+        record: bool = False,
     ) -> None:
         super().__init__()
+        self._record = tempfile.TemporaryDirectory() if record else None
         self.bundle = bundle
         self.folder = bundle.folder
         self.device = choose_device(bundle, device)
@@ -45,7 +50,10 @@ class OnnxRuntime(CacheBookkeeping):
         self.weight_bytes = bundle.weight_bytes
         self.bits_per_weight = bundle.bits_per_weight
         self.prefill_chunk = prefill_chunk
-        self._session: Any = self._open(threads)
+        record_folder = Path(self._record.name) if self._record else None
+        self._session: Any = self._open(
+            Start(device=self.device, threads=threads, record=record_folder)
+        )
         self._run_options: Any = None
         self._cache: OnnxCache = make_cache(bundle.cache, self.device, self.max_context)
         self._binding: Any = self._session.io_binding()
@@ -83,7 +91,7 @@ class OnnxRuntime(CacheBookkeeping):
         valid, places = self._require_rows(token_ids, None, None)
         path, layers = self.folder / GRAPH_FILE, self.bundle.cache["layers"]
         graph, names = probed_graph(path, layers)
-        session = open_session(self.bundle, self.device, None, graph=graph)
+        session = open_session(self.bundle, Start(device=self.device), graph)
         binding = session.io_binding()
         mask = np.ones_like(token_ids)
         inputs = graph_inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
@@ -96,14 +104,24 @@ class OnnxRuntime(CacheBookkeeping):
         rows = [value.numpy()[0] for value in binding.get_outputs()[: len(names)]]
         return np.stack([row.astype(np.float32) for row in rows])
 
+    def recorded_runs(self) -> list[GraphRun]:
+        """See ``RecordsRuns``; none, if the runtime was not opened to record them."""
+        if self._record is None:
+            return []
+        runs = read_runs(Path(self._session.end_profiling()))
+        self._record.cleanup()
+        self._record = None
+        return runs
+
     def close(self) -> None:
         """Gives session and cache back."""
+        self.recorded_runs()
         self._binding = None
         self._cache.truncate(0)
         self._session = None
 
-    def _open(self, threads: int | None) -> Any:
-        return open_session(self.bundle, self.device, threads)
+    def _open(self, start: Start) -> Any:
+        return open_session(self.bundle, start)
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         past, new = self.cache_length, token_ids.shape[1]
@@ -222,22 +240,19 @@ def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
         )
 
 
-def open_session(
-    bundle: Bundle,
-    device: str,
-    threads: int | None,
-    *,
-    graph: bytes | None = None,
-    provider_options: Mapping[str, str] | None = None,
-) -> Any:
+def open_session(bundle: Bundle, start: Start, graph: bytes | None = None) -> Any:
     """A session of the bundle's graph, or of one in memory that uses the bundle's weights."""
-    provider = PROVIDERS[device]
+    provider = PROVIDERS[start.device]
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = start.threads or 0
+    if start.record is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(start.record / "runs")
     for key, value in provider.session.items():
         options.add_session_config_entry(key, value)
-    providers: list[Any] = [(provider.name, {**provider.options, **(provider_options or {})})]
+    graph_options = provider.graph_options if start.is_captured else {}
+    providers: list[Any] = [(provider.name, {**provider.options, **graph_options})]
     if provider.has_own_memory:
         ort.preload_dlls()
         providers.append(PROVIDERS["cpu"].name)

@@ -149,6 +149,7 @@ def open_runtime(
     prefill_chunk: int = DEFAULT_CHUNK,
     graph: bool = False,
     kv_bits: int | None = None,
+    record: bool = False,
 ) -> Runtime:
     """Opens a bundle, or with ``backend="torch"`` a Hugging Face folder.
 
@@ -163,6 +164,7 @@ def open_runtime(
         graph: run an MLX folder's ``decode.mlxfn`` instead of our own forward pass.
         kv_bits: 8 keeps the KV cache of an MLX folder in 8 bits; by default it holds floats. An
             ONNX bundle has the cache that it was exported with, and 8 requires one in 8 bits.
+        record: record what an ONNX graph does, node by node, for ``profile``; others cannot.
 
     Raises:
         BundleError: a damaged or unfit bundle.
@@ -202,7 +204,7 @@ def open_runtime(
         opened = module.MlxRuntime(bundle, **options)
     else:
         options = {"device": device, "prefill_chunk": prefill_chunk, "threads": threads}
-        opened = module.open_onnx(bundle, **options)
+        opened = module.open_onnx(bundle, **options, record=record)
     return opened
 
 

@@ -37,6 +37,18 @@ def test_bench_shows_people_a_table(call: Call, int4_bundle: Path) -> None:
         assert word in done.out
 
 
+def test_bench_shows_where_the_time_goes(call: Call, int4_bundle: Path) -> None:
+    found = call("bench", int4_bundle, *SHORT, "--threads", "1", "--profile", "--json").json
+    stage = found["profile"]["decode"]
+    assert 0 < stage["graph_s"] < stage["seconds"]
+    assert 0 < found["profile"]["weights_share"] < 1
+    names = [operator["name"] for operator in stage["operators"]]
+    assert "MatMulNBits down_proj" in names
+    shown = call("bench", int4_bundle, *SHORT, "--profile").out
+    for word in ("GB/s", "prefill, 64 tokens", "decode, one step", "Python around the graph"):
+        assert word in shown
+
+
 def test_bench_tells_of_every_run_as_it_ends(call: Call, int4_bundle: Path) -> None:
     lines = call("bench", int4_bundle, *SHORT).err.splitlines()
     speeds = r"prefill [\d.]+ tokens/s, decode [\d.]+ tokens/s"

@@ -95,6 +95,53 @@ def test_the_preset_takes_no_more_than_llama_cpps_q4_0(sizes: dict[str, Any]) ->
     assert 0.97 * theirs < sum(planned_files(plan).values()) <= theirs
 
 
+@pytest.mark.parametrize("sizes", [HALF_B, SEVEN_B], ids=["0.5B", "7B"])
+def test_eight_bits_take_no_more_than_llama_cpps_q8_0(sizes: dict[str, Any]) -> None:
+    config = config_of(sizes)
+    # Its codes of 8 bits and float16 scales for 32 weights each.
+    theirs = 8.5 * sum(parameters_of_units(config).values()) / 8
+    plan = plan_export(config, Options(bits=8))
+    assert 0.97 * theirs < sum(planned_files(plan).values()) <= theirs
+
+
+@pytest.mark.parametrize("budget", [{"bits": 4}, {"max_bytes": 300_000_000}])
+def test_for_speed_nothing_slow_is_chosen(budget: dict[str, Any]) -> None:
+    config = config_of(HALF_B)
+    plan = plan_export(config, Options(prefer="speed", **budget))
+    chosen = set(plan.bit_plan.schemes.values())
+    assert {(scheme.bits, scheme.is_symmetric) for scheme in chosen if scheme} == {
+        (4, True),
+        (8, True),
+    }
+    assert {scheme.group_size for scheme in chosen if scheme} == {64, 128}
+    if "bits" in budget:
+        assert 4.5 < bits_per_weight(plan.weights) <= 4.65
+
+
+def test_for_speed_narrow_columns_have_the_groups_that_fit() -> None:
+    narrow = config_of(HALF_B | {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 16})
+    plan = plan_export(narrow, Options(bits=4, prefer="speed"))
+    head = plan.bit_plan.scheme_of("model.embed_tokens")
+    assert head is not None
+    assert (head.group_size, head.is_symmetric) == (32, True)
+
+
+def test_eight_bits_for_speed_have_large_groups() -> None:
+    plan = Options(bits=8, prefer="speed").bit_plan(config_of(HALF_B))
+    assert set(plan.summary().values()) == {"int8-g128"}
+
+
+def test_eight_bits_have_the_groups_that_were_asked_for() -> None:
+    config = config_of(HALF_B)
+    preset, asked = (
+        Options(bits=8, group_size=size).bit_plan(config).summary() for size in (None, 32)
+    )
+    assert set(asked.values()) == {"int8-g32"}
+    assert preset == asked | {"gate_up_proj": "int8-g64"}
+    narrow = config_of(HALF_B | {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 16})
+    assert set(Options(bits=8).bit_plan(narrow).summary().values()) == {"int8-g32"}
+
+
 def test_the_preset_is_the_same_plan_for_both_targets() -> None:
     config = config_of(HALF_B)
     onnx, mlx = (plan_export(config, Options(target=name, bits=4)) for name in ("onnx", "mlx"))
@@ -168,6 +215,11 @@ def test_the_least_that_can_be_met_can_be_met() -> None:
         ({"group_size": 64, "bits_per_weight": 5.0}, "leave out --group-size 64"),
         ({"bits": 4, "group_size": 32, "asymmetric": True}, "--asymmetric is for"),
         ({"bits": 8, "asymmetric": True}, "--asymmetric is for"),
+        ({"bits": 4, "asymmetric": True, "prefer": "speed"}, "leave out --asymmetric"),
+        ({"bits": 4, "group_size": 32, "prefer": "speed"}, "--prefer speed is for"),
+        ({"bits": 4, "method": "rtn", "prefer": "speed"}, "--prefer speed is for"),
+        ({"prefer": "speed"}, "--prefer speed is for"),
+        ({"prefer": "size"}, "prefer must be quality or speed, got 'size'"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

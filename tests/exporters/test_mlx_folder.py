@@ -375,7 +375,10 @@ def test_a_quantized_folder_is_not_exported_again(
     name: str, target: str, made: Path, tmp_path: Path
 ) -> None:
     said = refused_export(made / name, tmp_path / "new" / "out", target=target)
-    assert said == "the checkpoint is already quantized (by MLX); give the float checkpoint, or one quantized by gptq or awq"
+    assert said == (
+        "the checkpoint is already quantized (by MLX); give the float checkpoint, or one quantized "
+        "by gptq or awq"
+    )
 
 
 def test_a_folder_of_floats_is_exported_as_its_source_is(made: Path, tmp_path: Path) -> None:

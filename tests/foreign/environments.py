@@ -17,7 +17,7 @@ from filelock import FileLock
 _HERE = Path(__file__).resolve().parent
 _CACHE = _HERE.parents[1] / ".cache" / "foreign"
 _PIP = ("-m", "pip", "install", "--disable-pip-version-check", "-q")
-_BUILD_SECONDS, _RUN_SECONDS = 600, 300
+_BUILD_SECONDS, _RUN_SECONDS = 1800, 300
 
 
 class CannotInstallError(Exception):

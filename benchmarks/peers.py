@@ -1,0 +1,216 @@
+"""Prefill and decode speed of our bundles and of every peer that can be installed here, in turn.
+
+    python -m benchmarks.peers CHECKPOINT                    # bundles are made first: half an hour
+    python -m benchmarks.peers CHECKPOINT --ours FOLDER...   # bundles that lie there
+
+Same weights, same token ids, same threads, A B C A B C: every round runs each side once (after a
+run to warm up), and the medians of the rounds count. Divergence is what ``benchmarks.quality`` has
+recorded of the same exports. Writes results/peers.json, peers.md and peers.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.measure import (
+    QWEN2X,
+    RESULTS,
+    ROOT,
+    build_with_genai,
+    genai_environment,
+    run_json,
+    run_measured,
+    write_result,
+)
+from benchmarks.peers_page import write_peers_page
+from benchmarks.quality import weight_bytes
+from benchmarks.quality_llama import llama_environment, quantize_with_llama
+from qwen2x.cli.judging import read_text
+from qwen2x.runtimes.tokenizer import Tokenizer
+from tests.foreign.environments import CannotInstallError
+
+# Variants of ``benchmarks.quality`` by the folder that they are kept in.
+OURS: dict[str, tuple[str, ...]] = {
+    "qwen2x 4 bits, for speed": ("--bits", "4", "--prefer", "speed"),
+    "qwen2x 4 bits": ("--bits", "4"),
+    "qwen2x 8 bits, for speed": ("--bits", "8", "--prefer", "speed"),
+    "qwen2x 8 bits": ("--bits", "8"),
+}
+LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")
+SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
+KEPT = ROOT / ".cache" / "peers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What is measured: a command that prints ``SPEEDS``, and the bytes of the weights."""
+
+    name: str
+    command: Sequence[object]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all sides have in common."""
+
+    checkpoint: Path
+    prompt: list[int]
+    new_tokens: int
+    threads: int
+
+    @property
+    def words(self) -> list[object]:
+        """Of the peers' scripts: ids, new tokens, repeats, threads."""
+        return [json.dumps(self.prompt), self.new_tokens, 1, self.threads]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--ours", type=Path, nargs="+", default=[], metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    args = parser.parse_args()
+    ids = Tokenizer(args.checkpoint).encode(read_text(None))
+    setting = Setting(
+        checkpoint=args.checkpoint,
+        prompt=(ids * (1 + args.prompt_tokens // len(ids)))[: args.prompt_tokens],
+        new_tokens=args.new_tokens,
+        threads=args.threads,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [*our_sides(setting, args.ours), *peers(setting, Path(folder))]
+        rounds = [
+            {side.name: _told(side, run_json(side.command)) for side in sides}
+            for _ in range(args.rounds)
+        ]
+    medians = {
+        side.name: {name: median(found[side.name][name] for found in rounds) for name in SPEEDS}
+        for side in sides
+    }
+    result = {
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "threads": args.threads,
+        "bytes": {side.name: side.bytes for side in sides},
+        "kl_mean": recorded_divergence([side.name for side in sides]),
+        "median": medians,
+        "ratio": ratios(medians),
+        "rounds": [
+            {who: {name: speeds[name] for name in SPEEDS} for who, speeds in found.items()}
+            for found in rounds
+        ],
+    }
+    write_result("peers", result)
+    write_peers_page(json.loads((RESULTS / "peers.json").read_text(encoding="utf-8")))
+
+
+def our_sides(setting: Setting, folders: Sequence[Path]) -> list[Side]:
+    """Bundles that were named, or those of ``OURS``, which are made once and kept."""
+    named = {f"qwen2x {folder.name}": folder for folder in folders} or {
+        name: kept_bundle(name, setting.checkpoint) for name in OURS
+    }
+    return [
+        Side(
+            name=name,
+            bytes=weight_bytes(folder),
+            command=[
+                *QWEN2X, "bench", folder, "--prompt-tokens", len(setting.prompt), "--new-tokens",
+                setting.new_tokens, "--repeat", 1, "--threads", setting.threads, "--json",
+            ],
+        )
+        for name, folder in named.items()
+    ]  # fmt: skip
+
+
+def kept_bundle(name: str, checkpoint: Path) -> Path:
+    """The export of that name under ``.cache``."""
+    folder = KEPT / name.removeprefix("qwen2x ").replace(",", "").replace(" ", "-")
+    if not folder.is_dir():
+        print(f"exporting {name}", file=sys.stderr, flush=True)
+        run_measured([*QWEN2X, "export", checkpoint, *OURS[name], "-o", folder])
+    return folder
+
+
+def peers(setting: Setting, folder: Path) -> list[Side]:
+    """Those that can be installed; of the others it is said why not."""
+    makers: tuple[Callable[[Setting, Path], list[Side]], ...] = (llama_sides, genai_sides)
+    sides: list[Side] = []
+    for make in makers:
+        try:
+            sides += make(setting, folder)
+        except CannotInstallError as error:
+            print(f"{make.__name__.removesuffix('_sides')}: {error}", file=sys.stderr)
+    torch = [sys.executable, "-m", "benchmarks.torch_speed", setting.checkpoint, *setting.words]
+    shards = setting.checkpoint.glob("*.safetensors")
+    size = sum(shard.stat().st_size for shard in shards)
+    return [*sides, Side(name="transformers float32", command=torch, bytes=2 * size)]
+
+
+def llama_sides(setting: Setting, folder: Path) -> list[Side]:
+    """llama.cpp, compiled for this machine, with its default cache and settings."""
+    environment = llama_environment()
+    script = Path(__file__).with_name("llama_speed.py")
+    sides = []
+    for kind in LLAMA:
+        path = folder / f"{kind}.gguf"
+        quantize_with_llama(environment, setting.checkpoint, path, kind)
+        command = [environment.python, script, path, *setting.words]
+        sides.append(Side(name=f"llama.cpp {kind}", command=command, bytes=path.stat().st_size))
+    (folder / "float32.gguf").unlink()
+    return sides
+
+
+def genai_sides(setting: Setting, folder: Path) -> list[Side]:
+    """onnxruntime-genai on its own 4-bit export, with as many threads as ours."""
+    environment = genai_environment()
+    out = folder / "genai"
+    build_with_genai(environment, setting.checkpoint, out)
+    script = Path(__file__).with_name("genai_speed.py")
+    command = [environment.python, script, out, *setting.words]
+    return [Side(name="onnxruntime-genai int4", command=command, bytes=weight_bytes(out))]
+
+
+def ratios(medians: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Our speeds over every peer's."""
+    ours = [name for name in medians if name.startswith("qwen2x ")]
+    return {
+        mine: {
+            theirs: {name: medians[mine][name] / medians[theirs][name] for name in SPEEDS}
+            for theirs in medians
+            if theirs not in ours
+        }
+        for mine in ours
+    }
+
+
+def recorded_divergence(names: Sequence[str]) -> dict[str, float]:
+    """Mean KL divergence on prose, of those sides that ``benchmarks.quality`` has measured."""
+    path = RESULTS / "quality.json"
+    if not path.is_file():
+        return {}
+    variants = json.loads(path.read_text(encoding="utf-8"))["variants"]
+    return {name: variants[name]["prose"]["kl_mean"] for name in names if name in variants}
+
+
+def _told(side: Side, speeds: dict[str, Any]) -> dict[str, Any]:
+    prefill, decode = (speeds[name] for name in SPEEDS)
+    print(f"{side.name}: prefill {prefill:.1f}, decode {decode:.1f}", file=sys.stderr, flush=True)
+    return speeds
+
+
+if __name__ == "__main__":
+    main()
