@@ -145,7 +145,7 @@ class DeviceRuntime(OnnxRuntime):
 
     def _reserve(self, length: int) -> None:
         """Doubles the cache at least, since a captured graph stays in memory when it grows."""
-        capacity = self._cache.capacity
+        length, capacity = min(length, self.max_context), self._cache.capacity
         if length > capacity:
             try:
                 self._cache.reserve(self.cache_length, max(length, 2 * capacity))

@@ -152,6 +152,26 @@ def test_memory_of_the_cache_stays_where_it_is(runtime: DeviceRuntime) -> None:
     assert [buffer.data_ptr() for buffer in runtime._cache._buffers.values()] == addresses
 
 
+def test_a_cache_as_large_as_the_context_does_not_move(runtime: DeviceRuntime) -> None:
+    options: dict[str, Any] = {"context": PROMPT, "known": 2048, "limit": 393}
+    answers, generations = [], []
+    for _ in range(2):
+        runtime.reset()
+        answers.append(list(runtime.sample_ahead(PROMPT, Sampling(), **options)))
+        generations.append(runtime._cache.generation)
+    assert generations[0] == generations[1]
+    assert answers[0] == answers[1]
+
+
+def test_a_step_follows_buffers_that_moved(runtime: DeviceRuntime, plain: Runtime) -> None:
+    plain.reset()
+    for one in (runtime, plain):
+        one.append(PROMPT)
+        one.decode(1)
+    runtime._cache._grow(runtime.cache_length, runtime._cache.capacity)
+    np.testing.assert_allclose(runtime.decode(2), plain.decode(2), atol=SAME)
+
+
 def test_an_answer_beyond_the_context_is_refused(runtime: DeviceRuntime) -> None:
     with pytest.raises(RequestError, match="the context has 512"):
         next(runtime.sample_ahead(PROMPT, Sampling(), context=PROMPT, known=2048, limit=394))
