@@ -105,6 +105,8 @@ class SharedCache(_Layout):
         self._bound_to: Any = None
         self._is_kept = is_kept
         self.capacity = 0
+        # Counts up when buffers move: whoever holds their addresses binds anew.
+        self.generation = 0
 
     def reserve(self, past: int, total: int) -> None:
         """See ``OnnxCache``. What is reserved at once is never copied."""
@@ -155,6 +157,7 @@ class SharedCache(_Layout):
         return values.view(bfloat16) if self._element_type == _BFLOAT16 else values
 
     def _grow(self, past: int, total: int) -> None:
+        self.generation += 1
         step = max(STEP, self.capacity // 4)
         capacity = -(-max(total, self.capacity + step) // STEP) * STEP
         capacity = min(capacity, self._max_positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.onnx_candidates import graph_with_candidates
 from qwen2x.runtimes.cache_bookkeeping import integers
 from qwen2x.runtimes.onnx_cache import SharedCache
-from qwen2x.runtimes.onnx_provider import PROVIDERS
+from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
 from qwen2x.runtimes.onnx_runtime import (
     GRAPH_FILE,
     OnnxRuntime,
@@ -30,12 +31,19 @@ CANDIDATES = 64
 _ANSWER = 1024
 
 
-def open_onnx(bundle: Bundle, *, device: str = "auto", **options: Any) -> OnnxRuntime:
-    """The runtime that is right for a device; options are those of ``OnnxRuntime``."""
+def open_onnx(
+    bundle: Bundle, *, device: str = "auto", record: bool = False, **options: Any
+) -> OnnxRuntime:
+    """The runtime that is right for a device; one that records its runs captures none.
+
+    Options are those of ``OnnxRuntime``.
+    """
     chosen = choose_device(bundle, device)
     is_resident = PROVIDERS[chosen].has_own_memory and bundle.cache["layout"] == "shared"
-    kind = DeviceRuntime if is_resident else OnnxRuntime
-    return kind(bundle, device=chosen, **options)
+    options |= {"device": chosen, "record": record}
+    if is_resident:
+        return DeviceRuntime(bundle, is_captured=not record, **options)
+    return OnnxRuntime(bundle, **options)
 
 
 class DeviceRuntime(OnnxRuntime):
@@ -105,17 +113,9 @@ class DeviceRuntime(OnnxRuntime):
         super().close()
         self._step.close()
 
-    def _open(self, threads: int | None) -> Any:
+    def _open(self, start: Start) -> Any:
         graph = graph_with_candidates(self.folder / GRAPH_FILE, self.vocab_size, self._count)
-        options = PROVIDERS[self.device].graph_options if self._is_captured else None
-        return open_session(
-            self.bundle,
-            self.device,
-            threads,
-            graph=graph,
-            provider_options=options,
-            record=self._record_folder,
-        )
+        return open_session(self.bundle, replace(start, is_captured=self._is_captured), graph)
 
     def _advance(self, token_ids: list[int]) -> None:
         """Runs tokens behind the cache and leaves on the device what follows them."""
@@ -141,7 +141,7 @@ class DeviceRuntime(OnnxRuntime):
 
     def _reserve(self, length: int) -> None:
         """Doubles the cache at least, since a captured graph stays in memory when it grows."""
-        capacity = self._cache.capacity
+        length, capacity = min(length, self.max_context), self._cache.capacity
         if length > capacity:
             try:
                 self._cache.reserve(self.cache_length, max(length, 2 * capacity))

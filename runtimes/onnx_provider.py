@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,25 @@ class Provider:
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
     session: Mapping[str, str] = field(default_factory=dict)
-    graph_options: Mapping[str, str] | None = None
+    graph_options: Mapping[str, str] = field(default_factory=dict)
     has_own_memory: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How a session is opened.
+
+    Attributes:
+        device: a key of ``PROVIDERS``.
+        threads: within an operator; by default one per physical core.
+        record: a folder for what the session's profiler writes.
+        is_captured: runs may be captured as graphs, where the device has such.
+    """
+
+    device: str
+    threads: int | None = None
+    record: Path | None = None
+    is_captured: bool = False
 
 
 PROVIDERS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from qwen2x.runtimes.onnx_cache import (
 )
 from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
-from qwen2x.runtimes.onnx_provider import PROVIDERS
+from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
 from qwen2x.runtimes.profile import GraphRun, read_runs
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, DEFAULT_PREFILL_MEMORY, Logits, TokenIds
 
@@ -65,7 +65,10 @@ class OnnxRuntime(CacheBookkeeping):
         self.prefill_memory = prefill_memory
         self.needs = needs_of(bundle, self.device, None)
         self.cache_dtype = str(bundle.cache["dtype"])
-        self._session: Any = self._open(threads)
+        record_folder = Path(self._record.name) if self._record else None
+        self._session: Any = self._open(
+            Start(device=self.device, threads=threads, record=record_folder)
+        )
         self._run_options: Any = None
         self._cache: OnnxCache = make_cache(bundle.cache, self.device, self.max_context)
         self._binding: Any = self._session.io_binding()
@@ -102,7 +105,7 @@ class OnnxRuntime(CacheBookkeeping):
     def plain_logits(self, token_ids: TokenIds) -> Logits:
         """See ``GivesPlainLogits``; another session takes this one's place for it."""
         graph, chosen = plain_graph(self.folder / GRAPH_FILE), self._session
-        self._session = open_session(self.bundle, self.device, None, graph=graph)
+        self._session = open_session(self.bundle, Start(device=self.device), graph)
         try:
             return self.logits(token_ids)
         finally:
@@ -113,7 +116,7 @@ class OnnxRuntime(CacheBookkeeping):
         valid, places = self._require_rows(token_ids, None, None)
         path, layers = self.folder / GRAPH_FILE, self.bundle.cache["layers"]
         graph, names = probed_graph(path, layers)
-        session = open_session(self.bundle, self.device, None, graph=graph)
+        session = open_session(self.bundle, Start(device=self.device), graph)
         binding = session.io_binding()
         mask = np.ones_like(token_ids)
         inputs = graph_inputs(token_ids, mask, np.broadcast_to(places, token_ids.shape), 0)
@@ -159,12 +162,8 @@ class OnnxRuntime(CacheBookkeeping):
     def _reserve(self, length: int) -> None:
         self._cache.reserve(self.cache_length, length)
 
-    def _open(self, threads: int | None) -> Any:
-        return open_session(self.bundle, self.device, threads, record=self._record_folder)
-
-    @property
-    def _record_folder(self) -> Path | None:
-        return Path(self._record.name) if self._record else None
+    def _open(self, start: Start) -> Any:
+        return open_session(self.bundle, start)
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         past, new = self.cache_length, token_ids.shape[1]
@@ -355,29 +354,19 @@ def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
         )
 
 
-def open_session(
-    bundle: Bundle,
-    device: str,
-    threads: int | None,
-    *,
-    graph: bytes | None = None,
-    provider_options: Mapping[str, str] | None = None,
-    record: Path | None = None,
-) -> Any:
-    """A session of the bundle's graph, or of one in memory that uses the bundle's weights.
-
-    ``record`` is a folder for what the session's profiler writes.
-    """
-    provider = PROVIDERS[device]
+def open_session(bundle: Bundle, start: Start, graph: bytes | None = None) -> Any:
+    """A session of the bundle's graph, or of one in memory that uses the bundle's weights."""
+    provider = PROVIDERS[start.device]
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    if record is not None:
+    options.intra_op_num_threads = start.threads or 0
+    if start.record is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = str(record / "runs")
+        options.profile_file_prefix = str(start.record / "runs")
     for key, value in provider.session.items():
         options.add_session_config_entry(key, value)
-    providers: list[Any] = [(provider.name, {**provider.options, **(provider_options or {})})]
+    graph_options = provider.graph_options if start.is_captured else {}
+    providers: list[Any] = [(provider.name, {**provider.options, **graph_options})]
     if provider.has_own_memory:
         ort.preload_dlls()
         providers.append(PROVIDERS["cpu"].name)

@@ -36,7 +36,7 @@ class DecodeStep:
     """Runs tokens behind a cache; a single one with inputs and outputs at fixed addresses.
 
     The mask of a single token covers the whole capacity, so its shapes stay the same until the
-    cache grows. Then everything is bound anew, and with ``is_captured`` a new graph is captured.
+    cache grows. Then everything is bound anew, and a session that captures captures a new graph.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DecodeStep:
         # Ids int64 [K], then logits float32 [K]: one copy brings both.
         self._candidates = self._empty([count * (_ID_BYTES + _LOGIT_BYTES)], np.uint8)
         self._keep_one = ort.OrtValue.ortvalue_from_numpy(np.array(1, np.int64))
-        self._capacity = 0
+        self._generation = 0
         self._binding: Any = None
         self._inputs: Any = None
         self._values = np.empty(0, np.int64)
@@ -67,8 +67,11 @@ class DecodeStep:
     ) -> None:
         """Runs one token behind ``past`` positions."""
         cache.reserve(past, past + 1)
-        if cache.capacity != self._capacity:
+        if cache.generation != self._generation:
             self._bind_to(cache.capacity)
+            self._options = ort.RunOptions()
+            self._options.add_run_config_entry(_GRAPH_ID, str(cache.generation))
+            self._generation = cache.generation
         values = self._values
         head = len(self._numbers)
         values[:head] = (token_id, past, rope_index)[:head]
@@ -118,9 +121,6 @@ class DecodeStep:
             address += shape[-1] * _ID_BYTES
         self._binding.bind_ortvalue_input("num_logits_to_keep", self._keep_one)
         self._bind_outputs(self._binding)
-        self._options = ort.RunOptions()
-        self._options.add_run_config_entry(_GRAPH_ID, str(capacity))
-        self._capacity = capacity
 
     def _bind_outputs(self, binding: Any) -> None:
         address = self._candidates.data_ptr()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from qwen2x.exporters.bundle import open_bundle
 from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes import onnx_device
 from qwen2x.runtimes.bench import bench
-from qwen2x.runtimes.onnx_device import DeviceRuntime
+from qwen2x.runtimes.onnx_device import DeviceRuntime, open_onnx
+from qwen2x.runtimes.onnx_provider import PROVIDERS
+from qwen2x.runtimes.profile import profile
 from qwen2x.runtimes.runtime import Runtime, SamplesAhead, open_runtime
 from qwen2x.runtimes.sampler import NOT_FINITE, Sampler, Sampling
 from tests.runtimes.conftest import MakeBundle
@@ -149,6 +152,26 @@ def test_memory_of_the_cache_stays_where_it_is(runtime: DeviceRuntime) -> None:
     assert [buffer.data_ptr() for buffer in runtime._cache._buffers.values()] == addresses
 
 
+def test_a_cache_as_large_as_the_context_does_not_move(runtime: DeviceRuntime) -> None:
+    options: dict[str, Any] = {"context": PROMPT, "known": 2048, "limit": 393}
+    answers, generations = [], []
+    for _ in range(2):
+        runtime.reset()
+        answers.append(list(runtime.sample_ahead(PROMPT, Sampling(), **options)))
+        generations.append(runtime._cache.generation)
+    assert generations[0] == generations[1]
+    assert answers[0] == answers[1]
+
+
+def test_a_step_follows_buffers_that_moved(runtime: DeviceRuntime, plain: Runtime) -> None:
+    plain.reset()
+    for one in (runtime, plain):
+        one.append(PROMPT)
+        one.decode(1)
+    runtime._cache._grow(runtime.cache_length, runtime._cache.capacity)
+    np.testing.assert_allclose(runtime.decode(2), plain.decode(2), atol=SAME)
+
+
 def test_an_answer_beyond_the_context_is_refused(runtime: DeviceRuntime) -> None:
     with pytest.raises(RequestError, match="the context has 512"):
         next(runtime.sample_ahead(PROMPT, Sampling(), context=PROMPT, known=2048, limit=394))
@@ -185,3 +208,26 @@ def test_whole_rows_and_several_rows_of_logits_are_there_too(
     np.testing.assert_allclose(
         runtime.append(PROMPT[:40], keep=3), plain.append(PROMPT[:40], keep=3), atol=SAME
     )
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_device_with_memory_of_its_own_gets_this_runtime(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, is_recorded: bool
+) -> None:
+    monkeypatch.setitem(PROVIDERS, "cpu", replace(PROVIDERS["cpu"], has_own_memory=True))
+    monkeypatch.setattr(onnx_device, "DeviceRuntime", lambda bundle, **options: options)
+    options: Any = open_onnx(open_bundle(bundle), device="cpu", record=is_recorded)
+    assert options["is_captured"] is not is_recorded
+    assert options["device"] == "cpu"
+
+
+def test_its_runs_are_recorded(bundle: Path) -> None:
+    with open_rehearsal(bundle, record=True) as runtime:
+        found = profile(runtime, PROMPT, 16, 4, 1)
+    assert found.decode.operators
+    assert found.prefill.graph_s > 0
+
+
+def test_an_export_for_the_host_gets_the_plain_runtime(bundle: Path) -> None:
+    with open_onnx(open_bundle(bundle), device="cpu", threads=1) as runtime:
+        assert not isinstance(runtime, SamplesAhead)
