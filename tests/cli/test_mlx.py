@@ -267,7 +267,11 @@ def test_inspect_shows_an_mlx_bundle_and_its_graph(call: Call, bundle: Path, int
     assert f"decode.mlxfn, traced by mlx {facts['graph']['mlx']} on " in shown
     facts = call("inspect", int8, "--json").json
     assert facts["graph"] is None
-    assert facts["quantization"] == {"bits": 8, "group_size": 32, "mode": "affine"}
+    quantization = facts["quantization"]
+    common = {"bits": 8, "group_size": 32, "mode": "affine"}
+    assert {key: quantization.pop(key) for key in common} == common
+    assert all(name.endswith(("gate_proj", "up_proj")) for name in quantization)
+    assert {each["group_size"] for each in quantization.values()} == {64}
     assert "none; run by our own modules" in call("inspect", int8).out
 
 
@@ -323,7 +327,7 @@ def test_floats_of_mlx_lm_are_the_checkpoint(
 
 @needs_mlx_lm
 def test_a_mode_that_we_do_not_run_is_one_line_in_every_command(
-    call: Call, theirs: dict[str, Path], example: Path
+    call: Call, theirs: dict[str, Path], example: Path, bundle: Path
 ) -> None:
     folder = theirs["mxfp4"]
     for command in (
@@ -331,7 +335,7 @@ def test_a_mode_that_we_do_not_run_is_one_line_in_every_command(
         ("inspect", folder),
         ("bench", folder),
         ("validate", folder, "--against", example),
-        ("validate", example, "--against", folder),
+        ("validate", bundle, "--against", folder),
     ):
         assert "has the mode 'mxfp4'; expected 'affine'" in call(*command).complaint
 

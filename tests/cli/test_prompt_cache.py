@@ -161,7 +161,7 @@ def test_a_dry_run_refuses_what_the_context_has_no_room_for(
     call: Call, float_bundle: Path, example: Path
 ) -> None:
     long = call("run", float_bundle, DOCUMENT * 5, "--raw", "--dry-run").complaint
-    assert "tokens, the context 2048 with at least one for the answer" in long
+    assert "tokens, the context 2048, with at least one for the answer" in long
     torch = call("run", example, "Who?", "--dry-run", "--backend", "torch").complaint
     assert "not of --backend torch or --graph" in torch
 
