@@ -80,7 +80,7 @@ def command(
             on_step=lambda step: None if as_json else log(f"reading with {step}"),
             **options,
         )
-        found = compare_bundles(opened, find_judge(str(against), revision, opened[0]), wish)
+        found = compare_bundles(opened, find_judge(str(against), revision, opened[0].folder), wish)
     if html is not None:
         from qwen2x.cli.comparison_page import write_comparison_page
 

@@ -126,13 +126,13 @@ class Judge:
         return self._sha256[name]
 
 
-def find_judge(against: str, revision: str | None, candidate: Bundle | None = None) -> Judge:
+def find_judge(against: str, revision: str | None, candidate: Path | None = None) -> Judge:
     """The checkpoint (folder or hub id) or bundle of that name.
 
     Args:
         against: its name.
         revision: of a hub id.
-        candidate: what will be compared with it, which may have been told of its source.
+        candidate: a bundle of it, which may have been told what its config does not say.
 
     Raises:
         InputError: it is neither, or not whole.
@@ -148,7 +148,7 @@ def find_judge(against: str, revision: str | None, candidate: Bundle | None = No
         raise RequestError(f"{against} is a bundle, which has no revisions; leave it out")
     if is_bundle(folder):
         return Judge(name=against, folder=folder, bundle=open_bundle(folder))
-    told = None if candidate is None else candidate.original_context
+    told = None if candidate is None else open_bundle(candidate).original_context
     folder = open_source(folder, None, told)
     return Judge(name=against, folder=folder, original_context=told)
 

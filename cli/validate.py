@@ -78,9 +78,9 @@ def command(
         on_step=lambda step: None if as_json else log(f"checking {step}"),
         **options,
     )
-    # All of them first: else what was found of those before a damaged one would be lost.
-    opened = [open_bundle(bundle) for bundle in bundles]
-    judge = find_judge(against, revision, opened[0])
+    judge = find_judge(against, revision, bundles[0])
+    for bundle in bundles[1:]:
+        open_bundle(bundle)  # else what was found of those before it would be lost
     judgements = []
     for bundle in bundles:
         if len(bundles) > 1 and not as_json:

@@ -22,7 +22,7 @@ from tests.tiny_checkpoint import EXAMPLE, write_tiny_checkpoint
 # Sums in another order; 4e-6 seen over logits of size 4.
 FLOAT32 = 2e-5
 # Keys and values in 8 bits, and queries against them; 0.21 seen. Over 25 random places and texts
-# the largest is 0.28 with factor 1, 0.36 with 2 and 0.20 with 4, their medians 0.06, 0.09 and 0.08.
+# the largest is 0.28 with factor 1, 0.36 with 2, 0.20 with 4, their medians 0.06, 0.09 and 0.08.
 INT8_CACHE = 0.3
 TARGETS: dict[str, dict[str, Any]] = {
     "fused": {},
