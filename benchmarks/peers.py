@@ -39,9 +39,9 @@ from tests.foreign.environments import CannotInstallError
 
 # Variants of ``benchmarks.quality`` by the folder that they are kept in.
 OURS: dict[str, tuple[str, ...]] = {
-    "qwen2x 4 bits, for speed": ("--bits", "4", "--prefer", "speed"),
+    "qwen2x for speed, 4 bits": ("--bits", "4", "--prefer", "speed"),
     "qwen2x 4 bits": ("--bits", "4"),
-    "qwen2x 8 bits, for speed": ("--bits", "8", "--prefer", "speed"),
+    "qwen2x for speed, 8 bits": ("--bits", "8", "--prefer", "speed"),
     "qwen2x 8 bits": ("--bits", "8"),
 }
 LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")

@@ -50,7 +50,7 @@ Windows = dict[str, list[list[int]]]
 # Flags of `qwen2x export`.
 OURS: dict[str, tuple[str, ...]] = {
     "qwen2x 4 bits": ("--bits", "4"),
-    "qwen2x 4 bits, for speed": ("--bits", "4", "--prefer", "speed"),
+    "qwen2x for speed, 4 bits": ("--bits", "4", "--prefer", "speed"),
     "qwen2x 4.6 bits per weight": ("--bits-per-weight", "4.6"),
     "qwen2x 360 MB": ("--max-bytes", "360000000", "--asymmetric"),
     "qwen2x 392 MB": ("--max-bytes", "392000000", "--asymmetric"),
@@ -58,7 +58,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "qwen2x 470 MB": ("--max-bytes", "470000000", "--asymmetric"),
     "qwen2x 500 MB": ("--max-bytes", "500000000", "--asymmetric"),
     "qwen2x 8 bits": ("--bits", "8"),
-    "qwen2x 8 bits, for speed": ("--bits", "8", "--prefer", "speed"),
+    "qwen2x for speed, 8 bits": ("--bits", "8", "--prefer", "speed"),
     "qwen2x onnx int4 g32": ("--bits", "4", "--group-size", "32", "--method", "rtn"),
     "qwen2x onnx int4 g32 gptq": ("--bits", "4", "--group-size", "32", "--method", "gptq"),
     "qwen2x onnx int4 g64": ("--bits", "4", "--group-size", "64", "--method", "rtn"),

@@ -321,8 +321,11 @@ def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do(
             "group size must be one of 32, 64, 128, got 16",
         ),
         ({"method": "awq"}, "got 'awq'"),
-        ({"max_context": 513}, "--max-context must be in 1..512 for this model, got 513"),
-        ({"max_context": 0}, "--max-context must be in 1..512 for this model, got 0"),
+        (
+            {"max_context": 513},
+            "must be in 1..512 for this model with --yarn 1, got 513",
+        ),
+        ({"max_context": 0}, "must be in 1..512 for this model with --yarn 1, got 0"),
         ({"dtype": "float16"}, "choose --dtype float32"),
         ({"device": "npu"}, "choose --device cpu or cuda"),
         (

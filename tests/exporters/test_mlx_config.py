@@ -71,7 +71,8 @@ def stored_schemes(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, 
     [
         ({"bits": 4, "method": "rtn"}, True),
         ({"bits": 4, "method": "rtn", "group_size": 128}, True),
-        ({"bits": 8}, False),
+        ({"bits": 8}, True),
+        ({"bits": 8, "group_size": 32}, False),
         ({"bits": 8, "group_size": 128}, False),
     ],
 )

@@ -305,8 +305,11 @@ print(json.dumps(sorted(heavy & sys.modules.keys())))
             {"bits": 4, "method": "rtn", "group_size": 16},
             "group size must be one of 32, 64, 128, got 16",
         ),
-        ({"max_context": 0}, "--max-context must be in 1..512 for this model, got 0"),
-        ({"max_context": 513}, "--max-context must be in 1..512 for this model, got 513"),
+        ({"max_context": 0}, "must be in 1..512 for this model with --yarn 1, got 0"),
+        (
+            {"max_context": 513},
+            "must be in 1..512 for this model with --yarn 1, got 513",
+        ),
         ({"method": "best"}, "method must be auto or rtn"),
     ],
 )

@@ -80,6 +80,7 @@ def test_the_facts_stand_in_the_manifest_and_in_the_file_itself(folder: Path) ->
         "dtype": "float32",
         "chunk": 128,
         "capacities": [256, 512, 768],
+        "has_rope_inputs": False,
     }
     expected = "cpu" if mx.default_device().type == mx.cpu else ("metal", "cuda")
     assert metadata["device"] in expected
@@ -109,7 +110,7 @@ def test_the_graph_is_a_promised_file_without_weights(folder: Path) -> None:
                     "original_max_position_embeddings": 32768,
                 },
             },
-            {"max_context": 300},
+            {"max_context": 300, "yarn": (4.0,)},
         ),
     ],
     ids=["tied", "untied", "yarn"],

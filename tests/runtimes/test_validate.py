@@ -129,12 +129,12 @@ def test_the_random_checkpoint_itself_passes(candidate: Runtime, random_torch: R
 
 def shift_positions(monkeypatch: pytest.MonkeyPatch, shift: Any) -> None:
     """Changes the positions that the graph is given."""
-    inputs = onnx_runtime._inputs
+    inputs = onnx_runtime.graph_inputs
 
     def shifted(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int) -> Any:
         return inputs(token_ids, mask, shift(np.array(positions)), keep)
 
-    monkeypatch.setattr(onnx_runtime, "_inputs", shifted)
+    monkeypatch.setattr(onnx_runtime, "graph_inputs", shifted)
 
 
 def test_a_cache_that_is_off_by_one_position_fails_its_check(
