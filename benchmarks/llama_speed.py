@@ -1,6 +1,8 @@
 """Prefill and decode speed of a GGUF file; run inside llama.cpp's environment.
 
-python llama_speed.py MODEL.gguf TOKEN_IDS_JSON NEW_TOKENS REPEAT THREADS
+python llama_speed.py MODEL.gguf TOKEN_IDS_JSON NEW_TOKENS REPEAT THREADS [plain]
+
+plain: leave weights as they lie in the file, where what 0.3.36 repacks for AMX crashes.
 """
 
 import json
@@ -14,6 +16,7 @@ import numpy as np
 def main() -> None:
     path, ids, new_tokens, repeat, threads = sys.argv[1], *map(json.loads, sys.argv[2:6])
     loading = llama_cpp.llama_model_default_params()
+    loading.use_extra_bufts = "plain" not in sys.argv
     model = llama_cpp.llama_model_load_from_file(path.encode(), loading)
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = len(ids) + new_tokens

@@ -161,15 +161,23 @@ def peers(setting: Setting, folder: Path) -> list[Side]:
 
 
 def llama_sides(setting: Setting, folder: Path) -> list[Side]:
-    """llama.cpp, compiled for this machine, with its default cache and settings."""
+    """llama.cpp, compiled for this machine, with its default cache and settings.
+
+    Where weights that it repacks crash it, it runs without repacking, which is slower, and is named
+    so.
+    """
     environment = llama_environment()
     script = Path(__file__).with_name("llama_speed.py")
     sides = []
     for kind in LLAMA:
         path = folder / f"{kind}.gguf"
         quantize_with_llama(environment, setting.checkpoint, path, kind)
-        command = [environment.python, script, path, *setting.words]
-        sides.append(Side(name=f"llama.cpp {kind}", command=command, bytes=path.stat().st_size))
+        name, command = f"llama.cpp {kind}", [environment.python, script, path, *setting.words]
+        try:
+            run_json([environment.python, script, path, "[1, 2, 3, 4]", 2, 1, setting.threads])
+        except SystemExit:
+            name, command = f"{name}, not repacked", [*command, "plain"]
+        sides.append(Side(name=name, command=command, bytes=path.stat().st_size))
     (folder / "float32.gguf").unlink()
     return sides
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,10 @@ _SCRIPT = Path(__file__).with_name("quality_llama_run.py")
 def llama_environment() -> Environment:
     """llama-cpp-python, compiled for this machine once under ``.cache``.
 
-    On x86-64 without AMX: with weights that 0.3.36 repacks for it, llama_decode crashes.
-
     Raises:
         CannotInstallError: for want of a network or a compiler.
     """
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return open_environment("llama-cpp-x86" if is_x86 else "llama-cpp")
+    return open_environment("llama-cpp")
 
 
 def quantize_with_llama(environment: Environment, checkpoint: Path, out: Path, kind: str) -> None:

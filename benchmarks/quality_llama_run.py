@@ -86,7 +86,7 @@ def logits(path: Path, ids: Path, out: Path) -> None:
     """Logits of every position in one batch; the cache is float32, so that it adds no error."""
     tokens: list[int] = json.loads(ids.read_text(encoding="utf-8"))
     loading = llama_cpp.llama_model_default_params()
-    # Weights stay as they are, and products are the types' own.
+    # Weights stay as they are: with those that 0.3.36 repacks for AMX, llama_decode crashed.
     loading.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), loading)
     parameters = llama_cpp.llama_context_default_params()
