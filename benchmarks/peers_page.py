@@ -30,11 +30,8 @@ cores, {{ machine.system }}. {{ prompt_tokens }} prompt and {{ new_tokens }} new
 Ours over theirs, prefill / decode:
 
 | |{% for peer in peers %} {{ peer }} |{% endfor %}
-
 |---|{% for peer in peers %}--:|{% endfor %}
-
 {% for row in ratios %}| {{ row.name }} |{% for cell in row.cells %} {{ cell }} |{% endfor %}
-
 {% endfor %}
 ![Speed beside the peers](peers.svg)
 """

@@ -57,6 +57,8 @@ OURS: dict[str, tuple[str, ...]] = {
     "qwen2x 430 MB": ("--max-bytes", "430000000", "--asymmetric"),
     "qwen2x 470 MB": ("--max-bytes", "470000000", "--asymmetric"),
     "qwen2x 500 MB": ("--max-bytes", "500000000", "--asymmetric"),
+    "qwen2x 525 MB": ("--max-bytes", "525000000", "--asymmetric"),
+    "qwen2x 530 MB": ("--max-bytes", "530000000", "--asymmetric"),
     "qwen2x 8 bits": ("--bits", "8"),
     "qwen2x for speed, 8 bits": ("--bits", "8", "--prefer", "speed"),
     "qwen2x onnx int4 g32": ("--bits", "4", "--group-size", "32", "--method", "rtn"),

@@ -19,10 +19,19 @@ _SCRIPT = Path(__file__).with_name("quality_llama_run.py")
 def llama_environment() -> Environment:
     """llama-cpp-python, compiled for this machine once under ``.cache``.
 
+    On machines with AMX it is compiled for everything but that: the weights that 0.3.36 repacks for
+    AMX crash it, and the other kernels want them repacked as well to be fast.
+
     Raises:
         CannotInstallError: for want of a network or a compiler.
     """
-    return open_environment("llama-cpp")
+    return open_environment("llama-cpp-avx512" if has_amx() else "llama-cpp")
+
+
+def has_amx() -> bool:
+    """Whether this machine multiplies tiles of integers; known on Linux, elsewhere it has none."""
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and "amx_int8" in flags.read_text(encoding="utf-8")
 
 
 def quantize_with_llama(environment: Environment, checkpoint: Path, out: Path, kind: str) -> None:

@@ -73,9 +73,15 @@ def open_environment(name: str) -> Environment:
         if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
             shutil.rmtree(environment.folder, ignore_errors=True)
             _call(sys.executable, "-m", "venv", environment.folder)
-            _call(environment.python, *_PIP, "-r", _HERE / f"{name}.txt")
+            _call(environment.python, *_PIP, *_fresh(name), "-r", _HERE / f"{name}.txt")
             stamp.write_text(wanted, encoding="utf-8")
     return environment
+
+
+def _fresh(name: str) -> tuple[str, ...]:
+    """pip's cache of wheels that it built is deaf to the settings that they were built with."""
+    requirements = (_HERE / f"{name}.txt").read_text(encoding="utf-8")
+    return ("--no-cache-dir",) if "--config-settings" in requirements else ()
 
 
 def _stamp(name: str) -> str:
