@@ -16,6 +16,7 @@ from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping, integers
 from qwen2x.runtimes.cache_file import CacheArrays
 from qwen2x.runtimes.device_memory import is_out_of_memory, out_of_memory
+from qwen2x.runtimes.huge_pages import use_huge_pages
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import (
     BindsCache,
@@ -73,6 +74,8 @@ class OnnxRuntime(CacheBookkeeping):
         self._cache: OnnxCache = make_cache(bundle.cache, self.device, self.max_context)
         self._binding: Any = self._session.io_binding()
         self._mask = np.ones((1, 256), np.int64)
+        if self.device == "cpu":
+            use_huge_pages(self.weight_bytes)
 
     def logits(
         self,
