@@ -75,6 +75,11 @@ def read_factors(context: click.Context, option: object, text: str | None) -> An
     "or more. Default: in the float type.",
 )  # fmt: skip
 @click.option(
+    "--prefill-int8", is_flag=True,
+    help="With --to onnx, on the CPU: also write a graph that reads prompts by products of int8, "
+    "with a copy of the layers' weights: a byte for each, on disk and in memory.",
+)  # fmt: skip
+@click.option(
     "--device", type=click.Choice(["cpu", "cuda"]),
     help="What an ONNX graph is built for. Default: cpu. An MLX folder is for every device.",
 )  # fmt: skip

@@ -17,6 +17,8 @@ from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.errors import BundleError
 
 MANIFEST = "qwen2x.json"
+# The second graph of an ONNX bundle that has one.
+PREFILL_FILE = "prefill.onnx"
 FORMAT_VERSION = 1
 # By target, the files without which there is no model.
 _NEEDED = {"onnx": ("model.onnx", "model.onnx_data"), "mlx": ("config.json",)}
@@ -142,8 +144,18 @@ class Bundle:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all weights, but for the copy that reads prompts."""
         return int(self.manifest["weight_bytes"])
+
+    @property
+    def has_prefill(self) -> bool:
+        """Whether there is a second graph, which reads prompts."""
+        return "prefill" in self.manifest
+
+    @property
+    def prefill_bytes(self) -> int:
+        """Bytes of the weights that the second graph adds."""
+        return int(self.manifest["prefill"]["weight_bytes"]) if self.has_prefill else 0
 
 
 def open_bundle(folder: Path, *, verify: bool = False) -> Bundle:

@@ -127,7 +127,12 @@ def write_bundle(
             cache_ranges = _cache_ranges(checkpoint, calibration, options, staging, on_layer)
             _keep_only_weights(staging, plan.data_files)
             write_weights(
-                checkpoint, plan.weights, plan.data_files, staging, progress, ready.quantizer
+                checkpoint,
+                [*plan.weights, *plan.prefill_weights],
+                plan.data_files,
+                staging,
+                progress,
+                ready.quantizer,
             )
             _copy_companions(folder, staging)
             added = plan.write_structure(staging, cache_ranges)

@@ -37,6 +37,11 @@ class Plan(Protocol):
         ...
 
     @property
+    def prefill_weights(self) -> Sequence[Weight]:
+        """Those of a graph for prompts, beside ``weights``; none, if there is no such graph."""
+        ...
+
+    @property
     def data_files(self) -> Sequence[DataFile]:
         """The files that hold the weights."""
         ...

@@ -37,6 +37,11 @@ class MlxPlan:
         return self.layout.weights
 
     @property
+    def prefill_weights(self) -> Sequence[Weight]:
+        """See ``Plan``."""
+        return ()
+
+    @property
     def data_files(self) -> Sequence[DataFile]:
         """See ``Plan``."""
         return self.layout.files

@@ -9,7 +9,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
 
-from qwen2x.exporters.onnx_weights import DATA_FILE
 from qwen2x.exporters.weights import Region
 
 Dimension = int | str
@@ -51,12 +50,12 @@ class GraphBuilder:
         return name
 
     def external(self, name: str, region: Region, shape: tuple[int, ...] | None = None) -> str:
-        """An initializer whose bytes lie in the data file, under a shape of its own if given."""
+        """An initializer whose bytes lie in a data file, under a shape of its own if given."""
         if name not in self._initializers:
             tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(region.dtype))
             tensor.dims.extend(shape or region.shape)
             tensor.data_location = TensorProto.EXTERNAL
-            entries = {"location": DATA_FILE, "offset": region.offset, "length": region.bytes}
+            entries = {"location": region.file, "offset": region.offset, "length": region.bytes}
             for key, value in entries.items():
                 tensor.external_data.add(key=key, value=str(value))
             self._initializers[name] = tensor

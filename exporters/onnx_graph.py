@@ -66,31 +66,29 @@ def build_graph(recipe: Recipe) -> tuple[ModelProto, WeightLayout]:
     Raises:
         SchemeError: the group size does not divide a matrix's columns.
     """
-    decoder = _Decoder(recipe)
+    decoder = Decoder(recipe, WeightLayout())
     decoder.build()
     target = recipe.target
     description = f"Qwen2 decoder for {target.device}, {target.dtype}"
     return decoder.graph.model(opset=target.opset, description=description), decoder.layout
 
 
-class _Decoder:
+class Decoder:
     """Writes the nodes in the order in which a token meets them."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, layout: WeightLayout) -> None:
         self.recipe = recipe
         self.config = recipe.config
         self.target = recipe.target
         self.float = recipe.target.float_type
         self.residual_type = recipe.target.residual_type
-        self.layout = WeightLayout()
+        self.layout = layout
         self.cast_scales: dict[str, str] = {}
         self.zeros: set[str] = set()
         self.graph = GraphBuilder()
         self.graph.input("input_ids", TensorProto.INT64, (B, S))
         self.graph.input("attention_mask", TensorProto.INT64, (B, T))
         self.graph.input("position_ids", TensorProto.INT64, (B, S))
-        # Declared with the axis name of the inputs: optimum derives output shapes from it.
-        self.graph.output("logits", TensorProto.FLOAT, (B, S, self.config.vocab_size))
         self.attention = AttentionBuilder(
             self.graph,
             recipe.config,
@@ -99,17 +97,24 @@ class _Decoder:
             max_context=recipe.max_context,
             cache_ranges=recipe.cache_ranges,
         )
-        self.first_row = self._first_kept_row()
 
     def build(self) -> None:
+        """Writes all nodes."""
+        # Declared with the axis name of the inputs: optimum derives output shapes from it.
+        self.graph.output("logits", TensorProto.FLOAT, (B, S, self.config.vocab_size))
+        self.first_row = self._first_kept_row()
         table = self._table("model.embed_tokens")
-        hidden = self._embed(table)
-        residual = self._cast("/model/embed_tokens", hidden, self.residual_type, (B, S))
-        normed = self._first_norm(residual)
+        normed, residual = self._begin(table)
         for layer in range(self.config.num_hidden_layers):
             normed, residual = self._layer(layer, normed, residual)
         head = table if self.config.is_tied else self._table("lm_head")
         self._head(head, normed)
+
+    def _begin(self, table: Weight) -> tuple[str, str]:
+        """What the first layer takes: normed, and as it is."""
+        hidden = self._embed(table)
+        residual = self._cast("/model/embed_tokens", hidden, self.residual_type, (B, S))
+        return self._first_norm(residual), residual
 
     def _layer(self, layer: int, normed: str, residual: str) -> tuple[str, str]:
         config = self.config
@@ -192,6 +197,9 @@ class _Decoder:
         widths = {"self_attn.o_proj": config.query_size, "mlp.down_proj": config.intermediate_size}
         columns = widths.get(name, config.hidden_size)
         sources = [(f"model.layers.{layer}.{part}.weight", rows) for part, rows in parts]
+        return self._place_matrix(unit, sources, columns)
+
+    def _place_matrix(self, unit: str, sources: list[tuple[str, int]], columns: int) -> Weight:
         scheme = self.recipe.bit_plan.scheme_of(unit)
         return self.layout.matrix(f"{unit}.weight", sources, columns, self.float, scheme)
 

@@ -1,4 +1,4 @@
-"""Where every weight of a graph will lie in ``model.onnx_data``."""
+"""Where every weight of a graph will lie: in ``model.onnx_data``, or in ``prefill.onnx_data``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen2x.exporters.weights import FLOAT_TYPES, DataFile, Region, Weight
 from qwen2x.quantize.packing import matmul_nbits_shape, zero_points_shape
 from qwen2x.quantize.scheme import Scheme
 
-DATA_FILE = "model.onnx_data"
+DATA_FILE, PREFILL_DATA_FILE = "model.onnx_data", "prefill.onnx_data"
 ALIGNMENT = 4096
 # Bits of codes that are stored as a plane of 4 and one of 2, which MatMulNBits knows.
 _PLANES = 6
@@ -23,13 +23,14 @@ _PLANES = 6
 class WeightLayout:
     """Hands out regions of the data file in order of asking."""
 
+    file: str = DATA_FILE
     end: int = 0
     weights: list[Weight] = field(default_factory=list)
 
     @property
     def files(self) -> list[DataFile]:
         """The data file."""
-        return [DataFile(name=DATA_FILE, size=self.end)]
+        return [DataFile(name=self.file, size=self.end)]
 
     def vector(self, name: str, sources: list[tuple[str, int]], element_type: int) -> Weight:
         """A norm weight or a bias, stored in a float type."""
@@ -92,6 +93,45 @@ class WeightLayout:
 
     def _region(self, dtype: Any, shape: tuple[int, ...]) -> Region:
         start = -(-self.end // ALIGNMENT) * ALIGNMENT
-        region = Region(file=DATA_FILE, dtype=np.dtype(dtype), shape=shape, offset=start)
+        region = Region(file=self.file, dtype=np.dtype(dtype), shape=shape, offset=start)
         self.end = start + region.bytes
         return region
+
+
+@dataclass
+class PrefillLayout(WeightLayout):
+    """Layers' matrices as int8 with a scale for each row; all else lies where ``shared`` has it."""
+
+    file: str = PREFILL_DATA_FILE
+    shared: WeightLayout = field(default_factory=WeightLayout)
+
+    def vector(self, name: str, sources: list[tuple[str, int]], element_type: int) -> Weight:
+        """See ``WeightLayout``: the one that is there."""
+        return self._shared(name)
+
+    def matrix(
+        self,
+        name: str,
+        sources: list[tuple[str, int]],
+        columns: int,
+        element_type: int,
+        scheme: Scheme | None,
+    ) -> Weight:
+        """See ``WeightLayout``: the embedding that is there."""
+        return self._shared(name)
+
+    def int8_rows(self, name: str, sources: list[tuple[str, int]], columns: int) -> Weight:
+        """A matrix [rows, columns] in int8, with scales float32 [rows]."""
+        rows = sum(count for _, count in sources)
+        return self._add(
+            Weight(
+                name=name,
+                sources=tuple(sources),
+                columns=columns,
+                values=self._region(np.int8, (rows, columns)),
+                scales=self._region(np.float32, (rows,)),
+            )
+        )
+
+    def _shared(self, name: str) -> Weight:
+        return next(weight for weight in self.shared.weights if weight.name == name)

@@ -55,6 +55,8 @@ class Options:
         yarn: YaRN factors, rising, 1 first if there are several; None is the checkpoint's own.
         original_context: positions that the model was trained with, where its config is silent.
         graph: also trace an MLX folder's forward pass into ``decode.mlxfn``, which needs mlx.
+        prefill_int8: also write an ONNX graph for the CPU that reads prompts by products of int8,
+            with a copy of the layers' weights.
     """
 
     target: str = "onnx"
@@ -73,6 +75,7 @@ class Options:
     yarn: tuple[float, ...] | None = None
     original_context: int | None = None
     graph: bool = False
+    prefill_int8: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -93,6 +96,11 @@ class Options:
             )
         if self.graph and self.target != "mlx":
             raise BackendError("--graph is for --to mlx; an ONNX bundle is a graph: leave it out")
+        if self.prefill_int8 and (self.target != "onnx" or self.device == "cuda"):
+            place = "MLX" if self.target == "mlx" else "CUDA"
+            raise BackendError(
+                f"--prefill-int8 is for --to onnx on the CPU, got {place}; leave it out"
+            )
 
     def _require_factors(self) -> None:
         if self.yarn is None:

@@ -23,6 +23,7 @@ from qwen2x.exporters.weights import DataFile, Region, Weight
 from qwen2x.quantize.errors import CheckpointError
 from qwen2x.quantize.groups import QuantizedMatrix, quantize
 from qwen2x.quantize.packing import pack_bytes, pack_planes, pack_zero_points
+from qwen2x.quantize.rows import quantize_rows
 from qwen2x.quantize.scheme import Scheme
 
 Progress = Callable[[int, int], None]
@@ -152,6 +153,11 @@ def _convert(work: _Work, chunk: _Chunk) -> None:
         _write_quantized(chunk, matrix, work.files)
         return
     values = work.checkpoint.rows(chunk.source, chunk.start, chunk.stop)
+    if weight.scales is not None:
+        codes, scales = quantize_rows(values)
+        work.files.write(weight.values, chunk.row, codes)
+        work.files.write(weight.scales, chunk.row, scales)
+        return
     with np.errstate(over="ignore"):
         stored = values.astype(weight.values.dtype)
     if stored.dtype == np.float16 and not np.isfinite(stored).all():

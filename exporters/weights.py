@@ -60,9 +60,10 @@ class Weight:
         name: unique in its layout.
         sources: (checkpoint name, rows) in order.
         columns: input dimension; 1 for vectors.
-        values: where the floats, or the packed codes, lie; of codes in planes the upper 4 bits.
+        values: where the floats, the packed codes (of planes the upper 4 bits), or int8 with a
+            scale for each row, lie.
         low_values: where the lower 2 bits lie, for targets that store codes of 6 bits in planes.
-        scales: where the scales lie; with ``scheme`` only.
+        scales: where the scales lie; with ``scheme`` those of its groups, without it of rows.
         biases: where minus zero point times scale lies, for targets that store it.
         zero_points: where they lie packed, for targets that store them and groups that have them.
     """

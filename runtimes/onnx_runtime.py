@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from qwen2x.exporters.bundle import Bundle
+from qwen2x.exporters.bundle import PREFILL_FILE, Bundle
 from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
 from qwen2x.quantize.errors import BackendError, BundleError, RequestError
 from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping, integers
@@ -27,6 +27,7 @@ from qwen2x.runtimes.onnx_cache import (
 )
 from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
+from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, PromptGraph
 from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
 from qwen2x.runtimes.profile import GraphRun, read_runs
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, DEFAULT_PREFILL_MEMORY, Logits, TokenIds
@@ -74,8 +75,11 @@ class OnnxRuntime(CacheBookkeeping):
         self._cache: OnnxCache = make_cache(bundle.cache, self.device, self.max_context)
         self._binding: Any = self._session.io_binding()
         self._mask = np.ones((1, 256), np.int64)
+        self._prompts: PromptGraph | None = None
         if self.device == "cpu":
             use_huge_pages(self.weight_bytes)
+            if bundle.has_prefill and not record:
+                self._prompts = PromptGraph(lambda: self._open_prompts(threads))
 
     def logits(
         self,
@@ -147,7 +151,7 @@ class OnnxRuntime(CacheBookkeeping):
         self.recorded_runs()
         self._binding = None
         self._cache.truncate(0)
-        self._session = None
+        self._session = self._prompts = None
 
     def export_cache(self, length: int) -> CacheArrays:
         """See ``SavesCache``."""
@@ -168,11 +172,20 @@ class OnnxRuntime(CacheBookkeeping):
     def _open(self, start: Start) -> Any:
         return open_session(self.bundle, start)
 
+    def _open_prompts(self, threads: int | None) -> Any:
+        start = Start(device=self.device, threads=threads)
+        session = start_session(self.bundle, start, self.folder / PREFILL_FILE)
+        use_huge_pages(self.bundle.prefill_bytes)
+        return session
+
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         past, new = self.cache_length, token_ids.shape[1]
         total = past + new
         if total > self._mask.shape[1]:
             self._mask = np.ones((1, 2 * total), np.int64)
+        if self._prompts is not None and keep == 1 and new > LEAST_ROWS:
+            self._run_prompt(self._prompts, token_ids[:, :-1])
+            token_ids, past = token_ids[:, -1:], total - 1
         positions = np.arange(past, total)[None]
         rows = np.empty((1, keep, self.vocab_size), np.float32)
         inputs = graph_inputs(token_ids, self._mask[:, :total], positions, keep)
@@ -181,6 +194,16 @@ class OnnxRuntime(CacheBookkeeping):
         self._cache.collect(self._binding)
         kept: Logits = rows[0]
         return kept
+
+    def _run_prompt(self, prompts: PromptGraph, token_ids: TokenIds) -> None:
+        past = self.cache_length
+        total = past + token_ids.shape[1]
+        inputs = graph_inputs(token_ids, self._mask[:, :total], np.arange(past, total)[None], 1)
+        del inputs["num_logits_to_keep"]
+        try:
+            prompts.run(inputs | self._rope_inputs(1), self._cache, past, total)
+        except Exception as error:
+            raise not_runnable(self.bundle, error) from None
 
     def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
         """See ``Runtime``; on the CPU each token is run as a row of its own, on one cache."""
@@ -268,8 +291,10 @@ class OnnxRuntime(CacheBookkeeping):
     def _truncate_cache(self, length: int) -> None:
         self._cache.truncate(length)
         if length == 0:
-            # The binding holds references to the old buffers.
+            # The bindings hold references to the old buffers.
             self._binding = self._session.io_binding()
+            if self._prompts is not None:
+                self._prompts.forget()
 
 
 class _AsRows:
@@ -359,6 +384,13 @@ def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
 
 def open_session(bundle: Bundle, start: Start, graph: bytes | None = None) -> Any:
     """A session of the bundle's graph, or of one in memory that uses the bundle's weights."""
+    session = start_session(bundle, start, graph or bundle.folder / GRAPH_FILE)
+    _require_promised_shapes(bundle, session)
+    return session
+
+
+def start_session(bundle: Bundle, start: Start, model: bytes | Path) -> Any:
+    """A session of a graph file of the bundle, or of a graph that uses its weights."""
     provider = PROVIDERS[start.device]
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -373,10 +405,7 @@ def open_session(bundle: Bundle, start: Start, graph: bytes | None = None) -> An
     if provider.has_own_memory:
         ort.preload_dlls()
         providers.append(PROVIDERS["cpu"].name)
-    model: Any = graph
-    if graph is None:
-        model = bundle.folder / GRAPH_FILE
-    else:
+    if isinstance(model, bytes):
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.folder))
     try:
         session = ort.InferenceSession(model, options, providers=providers)
@@ -387,5 +416,4 @@ def open_session(bundle: Bundle, start: Start, graph: bytes | None = None) -> An
             f"onnxruntime could not start {provider.name}; check the driver and the CUDA "
             "libraries, or use --device cpu"
         )
-    _require_promised_shapes(bundle, session)
     return session
