@@ -52,7 +52,7 @@ class Reference:
             for start in range(0, len(window), _ROWS_AT_ONCE):
                 p, q = (rows[start : start + _ROWS_AT_ONCE] for rows in (expected, given))
                 agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-                divergences.append(_kl_divergence(p, _log_softmax(q)))
+                divergences.append(kl_divergence(p, log_softmax(q)))
         kl = torch.cat(divergences).clamp(min=0)
         return Figures(
             positions=len(kl),
@@ -68,7 +68,7 @@ class Reference:
         path = self._folder / f"{hashlib.sha256(ids.tobytes()).hexdigest()[:16]}.npy"
         if not path.is_file():
             self._folder.mkdir(parents=True, exist_ok=True)
-            rows = _log_softmax(torch.from_numpy(self._runtime.logits(ids)[0]))
+            rows = log_softmax(torch.from_numpy(self._runtime.logits(ids)[0]))
             partial = path.with_suffix(".part.npy")
             np.save(partial, rows.numpy())
             partial.replace(path)
@@ -79,12 +79,12 @@ class Reference:
         return open_runtime(self._checkpoint, backend="torch")
 
 
-def _kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Nats per row, float64 [rows], of log-probabilities [rows, vocab]."""
     return (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Float32, but for the sum: torch's own is wrong by 2e-6 with so many columns."""
     shifted = logits - logits.amax(-1, keepdim=True)
     return shifted - shifted.exp().sum(-1, keepdim=True, dtype=torch.float64).log().float()
