@@ -2,8 +2,8 @@
 
     python -m benchmarks.long_prefill CHECKPOINT [--tokens 16384 32768] [--threads 2] [--rounds 1]
 
-Ours is a 4-bit ONNX bundle, plainly rounded, and the same with an 8-bit cache if ``--kv-bits`` is
-given; llama.cpp's is its Q4_0 with its own defaults (pieces of 512, flash attention where it
+Ours is a 4-bit ONNX bundle, plainly rounded, without and with ``--prefill-int8``, and the same with
+an 8-bit cache if ``--kv-bits`` is given; llama.cpp's is its Q4_0 with its own defaults (pieces of 512, flash attention where it
 chooses so, a float16 cache). Each is a process of its own, in turn, and says its peak memory. Speed
 does not include loading. ``beyond_bytes`` is ours beyond the bundle's weights and the cache.
 """
@@ -45,7 +45,10 @@ def main() -> None:
         text = long_text(Tokenizer(args.checkpoint), max(args.tokens))
         ids = folder / "ids.json"
         ids.write_text(json.dumps(Tokenizer(args.checkpoint).encode(text)), encoding="utf-8")
-        kinds: dict[str, tuple[str, ...]] = {"qwen2x": ()}
+        kinds: dict[str, tuple[str, ...]] = {
+            "qwen2x": (),
+            "qwen2x, --prefill-int8": ("--prefill-int8",),
+        }
         if args.kv_bits:
             kinds["qwen2x, 8-bit cache"] = ("--kv-bits", "8")
         measures: dict[str, Measure] = {}
@@ -113,6 +116,7 @@ def theirs(python: Path, path: Path, ids: Path, threads: int) -> Measure:
 def child(bundle: str, ids: str, threads: str, count: str) -> None:
     """Prints what reading takes; the cache is made for the prompt beforehand, as ``run`` does."""
     from qwen2x.cli.machine import peak_memory_bytes
+    from qwen2x.exporters.bundle import open_bundle
     from qwen2x.runtimes.runtime import open_runtime
 
     tokens: list[int] = json.loads(Path(ids).read_text(encoding="utf-8"))[: int(count)]
@@ -126,7 +130,7 @@ def child(bundle: str, ids: str, threads: str, count: str) -> None:
             "prompt_tokens": len(tokens),
             "tokens_per_s": len(tokens) / seconds,
             "peak_memory_bytes": peak_memory_bytes(),
-            "weight_bytes": runtime.weight_bytes,
+            "weight_bytes": runtime.weight_bytes + open_bundle(Path(bundle)).prefill_bytes,
             "cache_bytes": len(tokens) * needs.needs.per_position,
         }
     print(json.dumps(result))

@@ -21,8 +21,6 @@ PIECE = 512
 def main(path: str, ids: str, threads: int, count: int) -> dict[str, Any]:
     tokens: list[int] = json.loads(Path(ids).read_text(encoding="utf-8"))[:count]
     loading = llama_cpp.llama_model_default_params()
-    # Weights stay as they are: with those that 0.3.36 repacks for AMX, llama_decode crashed.
-    loading.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(path.encode(), loading)
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = count
