@@ -3,9 +3,10 @@
     python -m benchmarks.long_prefill CHECKPOINT [--tokens 16384 32768] [--threads 2] [--rounds 1]
 
 Ours is a 4-bit ONNX bundle, plainly rounded, without and with ``--prefill-int8``, and the same with
-an 8-bit cache if ``--kv-bits`` is given; llama.cpp's is its Q4_0 with its own defaults (pieces of 512, flash attention where it
-chooses so, a float16 cache). Each is a process of its own, in turn, and says its peak memory. Speed
-does not include loading. ``beyond_bytes`` is ours beyond the bundle's weights and the cache.
+an 8-bit cache if ``--kv-bits`` is given; llama.cpp's is its Q4_0 with its own defaults (pieces of
+512, flash attention where it chooses so, a float16 cache). Each is a process of its own, in turn,
+and says its peak memory. Speed does not include loading. ``beyond_bytes`` is ours beyond the
+bundle's weights and the cache.
 """
 
 from __future__ import annotations
