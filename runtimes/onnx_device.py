@@ -14,13 +14,11 @@ from qwen2x.runtimes.cache_bookkeeping import integers
 from qwen2x.runtimes.onnx_cache import SharedCache
 from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
 from qwen2x.runtimes.onnx_runtime import (
-    GRAPH_FILE,
     OnnxRuntime,
     choose_device,
     graph_inputs,
-    not_runnable,
-    open_session,
 )
+from qwen2x.runtimes.onnx_session import GRAPH_FILE, not_runnable, open_session
 from qwen2x.runtimes.onnx_step import DecodeStep, no_capture
 from qwen2x.runtimes.runtime import Logits, TokenIds
 from qwen2x.runtimes.sampler import Sampler, Sampling

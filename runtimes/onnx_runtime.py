@@ -12,10 +12,9 @@ import onnxruntime as ort
 
 from qwen2x.exporters.bundle import PREFILL_FILE, Bundle
 from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
-from qwen2x.quantize.errors import BackendError, BundleError, RequestError
+from qwen2x.quantize.errors import BackendError, RequestError
 from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping, integers
 from qwen2x.runtimes.cache_file import CacheArrays
-from qwen2x.runtimes.device_memory import is_out_of_memory, out_of_memory
 from qwen2x.runtimes.huge_pages import use_huge_pages
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.onnx_cache import (
@@ -29,11 +28,10 @@ from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
 from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, PromptGraph
 from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
+from qwen2x.runtimes.onnx_session import GRAPH_FILE, not_runnable, open_session, start_session
 from qwen2x.runtimes.profile import GraphRun, read_runs
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, DEFAULT_PREFILL_MEMORY, Logits, TokenIds
 
-GRAPH_FILE = "model.onnx"
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _MIRRORED_ROWS = 16
 
 
@@ -152,6 +150,11 @@ class OnnxRuntime(CacheBookkeeping):
         self._binding = None
         self._cache.truncate(0)
         self._session = self._prompts = None
+
+    @property
+    def reads_prompts_in_int8(self) -> bool:
+        """See ``ReadsPromptsInInt8``."""
+        return self._prompts is not None
 
     def export_cache(self, length: int) -> CacheArrays:
         """See ``SavesCache``."""
@@ -354,66 +357,3 @@ def choose_device(bundle: Bundle, device: str) -> str:
             "export it again with --device cpu"
         )
     return device
-
-
-def not_runnable(bundle: Bundle, error: Exception) -> Exception:
-    """The errors of onnxruntime as a BundleError or BackendError; anything else as it is."""
-    kind = type(error)
-    if not kind.__module__.startswith("onnxruntime") and kind is not RuntimeError:
-        return error
-    if is_out_of_memory(str(error)):
-        return out_of_memory(bundle)
-    reason = str(error).strip().splitlines()[0]
-    return BundleError(f"onnxruntime cannot use {bundle.folder / GRAPH_FILE}: {reason}")
-
-
-def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
-    """Raises BundleError where the graph is not the one that the manifest describes."""
-    cache = bundle.cache
-    past = [item for item in session.get_inputs() if item.name.startswith("past_key_values.")]
-    wanted = (2 * cache["layers"], cache["num_key_value_heads"], cache["head_dim"])
-    found = (len(past), past[0].shape[1], past[0].shape[3]) if past else (0, 0, 0)
-    columns = next(item.shape[-1] for item in session.get_outputs() if item.name == "logits")
-    if (*found, columns) != (*wanted, bundle.vocab_size):
-        raise BundleError(
-            f"{bundle.folder}: the manifest says {wanted} cache arrays, heads and head size and "
-            f"{bundle.vocab_size} logits, the graph has {found} and {columns}; "
-            "export the bundle again"
-        )
-
-
-def open_session(bundle: Bundle, start: Start, graph: bytes | None = None) -> Any:
-    """A session of the bundle's graph, or of one in memory that uses the bundle's weights."""
-    session = start_session(bundle, start, graph or bundle.folder / GRAPH_FILE)
-    _require_promised_shapes(bundle, session)
-    return session
-
-
-def start_session(bundle: Bundle, start: Start, model: bytes | Path) -> Any:
-    """A session of a graph file of the bundle, or of a graph that uses its weights."""
-    provider = PROVIDERS[start.device]
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = start.threads or 0
-    if start.record is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(start.record / "runs")
-    for key, value in provider.session.items():
-        options.add_session_config_entry(key, value)
-    graph_options = provider.graph_options if start.is_captured else {}
-    providers: list[Any] = [(provider.name, {**provider.options, **graph_options})]
-    if provider.has_own_memory:
-        ort.preload_dlls()
-        providers.append(PROVIDERS["cpu"].name)
-    if isinstance(model, bytes):
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.folder))
-    try:
-        session = ort.InferenceSession(model, options, providers=providers)
-    except Exception as error:
-        raise not_runnable(bundle, error) from None
-    if provider.name not in session.get_providers():
-        raise BackendError(
-            f"onnxruntime could not start {provider.name}; check the driver and the CUDA "
-            "libraries, or use --device cpu"
-        )
-    return session

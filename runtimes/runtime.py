@@ -135,6 +135,16 @@ class Runtime(Protocol):
 
 
 @runtime_checkable
+class ReadsPromptsInInt8(Protocol):
+    """A runtime that may read long prompts by other products than all else."""
+
+    @property
+    def reads_prompts_in_int8(self) -> bool:
+        """Whether it does."""
+        ...
+
+
+@runtime_checkable
 class SamplesAhead(Protocol):
     """A runtime that also chooses tokens, so that their logits can stay on its device.
 

@@ -10,7 +10,7 @@ from qwen2x.exporters.bundle import open_bundle
 from qwen2x.quantize.errors import BackendError
 from qwen2x.runtimes import device_memory
 from qwen2x.runtimes.device_memory import free_bytes, is_out_of_memory, out_of_memory
-from qwen2x.runtimes.onnx_runtime import not_runnable
+from qwen2x.runtimes.onnx_session import not_runnable
 from tests.runtimes.conftest import MakeBundle
 
 # As onnxruntime-gpu 1.31 words it.

@@ -19,6 +19,8 @@ from qwen2x.quantize.rows import quantize_rows
 from qwen2x.runtimes.footprint import footprint_of
 from qwen2x.runtimes.onnx_prefill import LEAST_ROWS
 from qwen2x.runtimes.runtime import Runtime, open_runtime
+from qwen2x.runtimes.tolerance import tolerance_for
+from qwen2x.runtimes.validate import validate
 from tests.packed_checkpoint import write_packed_checkpoint
 from tests.runtimes.conftest import MakeBundle
 
@@ -166,6 +168,28 @@ def test_each_factor_reads_with_its_own_table(
             rows.append(runtime.prefill(PROMPT))
     scaled, plain, others_scaled, _ = rows
     assert np.abs(scaled - others_scaled).max() < np.abs(scaled - plain).max() / 3
+
+
+def test_validate_judges_what_comes_behind_a_prompt(
+    make_bundle: MakeBundle, example_torch: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = example_torch.vocab_size // 3
+    ids = np.random.default_rng(1).integers(0, text, 128).tolist()
+    with open_runtime(make_bundle(prefill_int8=True), threads=1) as candidate:
+        options: dict[str, Any] = {
+            "tolerance": tolerance_for("float", "float32"), "tokens": 128, "window": 128,
+        }  # fmt: skip
+        report = validate(candidate, example_torch, ids, **options)
+        found = {check.name: check for check in report.checks}
+        assert report.verdict == "pass"
+        assert 1e-7 < found["behind_prompt"].value < 0.005
+        # Another prompt stands in the cache.
+        monkeypatch.setattr(
+            candidate, "prefill", lambda prompt: candidate.append([0] * len(prompt))
+        )
+        report = validate(candidate, example_torch, ids, **options)
+        failed = {check.name for check in report.checks if check.verdict == "fail"}
+        assert "behind_prompt" in failed
 
 
 def test_manifest_and_footprint_count_the_copy(bundle: Path) -> None:
