@@ -184,9 +184,8 @@ def test_validate_judges_what_comes_behind_a_prompt(
         assert report.verdict == "pass"
         assert 1e-7 < found["behind_prompt"].value < 0.005
         # Another prompt stands in the cache.
-        monkeypatch.setattr(
-            candidate, "prefill", lambda prompt: candidate.append([0] * len(prompt))
-        )
+        read = candidate.prefill
+        monkeypatch.setattr(candidate, "prefill", lambda prompt: read([0] * len(prompt)))
         report = validate(candidate, example_torch, ids, **options)
         failed = {check.name for check in report.checks if check.verdict == "fail"}
         assert "behind_prompt" in failed
