@@ -103,7 +103,7 @@ def inspect_bundle(folder: Path, *, verify: bool = False) -> dict[str, Any]:
         "target", "device", "dtype", "scheme", "schemes", "method", "parameters",
         "bits_per_weight", "by_kind", "weight_bytes", "rope", "inputs", "optional_inputs",
         "outputs", "cache", "eos_token_ids", "source", "quality", "versions", "graph",
-        "quantization", "bit_plan",
+        "quantization", "bit_plan", "prefill",
     )  # fmt: skip
     return {
         "kind": "bundle",
@@ -152,6 +152,9 @@ def _print(path: str, facts: dict[str, Any]) -> None:
             ("KV cache", _cache_text(facts["cache_bytes_per_token"], facts)),
             ("made of", _source_text(facts)),
         ]
+        if facts["prefill"]:
+            size = size_text(facts["prefill"]["weight_bytes"])
+            rows.append(("prompts", f"in int8, with {size} of weights beside the others"))
         rows.append(("quality", _quality_text(facts["quality"])))
     else:
         rows += [

@@ -92,6 +92,22 @@ def test_recorded_quality_is_one_line(call: Call, int4_bundle: Path, tmp_path: P
         assert row.split(maxsplit=1)[1].startswith(line)
 
 
+def test_a_graph_for_prompts_is_shown(call: Call, example: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    planned = call("export", example, "--prefill-int8", "--dry-run", "--json").json
+    call("export", example, "--prefill-int8", "-o", bundle)
+    facts = call("inspect", bundle, "--json").json
+    added = facts["prefill"]["weight_bytes"]
+    files = {file["name"]: file["bytes"] for file in planned["files"]}
+    assert files["prefill.onnx_data"] == facts["files"]["prefill.onnx_data"]["bytes"] >= added > 0
+    assert files["prefill.onnx"] == facts["files"]["prefill.onnx"]["bytes"]
+    assert "prompts" in call("inspect", bundle).out
+    long_prompt = "word " * 60
+    answer = call("run", bundle, long_prompt, "--max-tokens", "4", "--raw", "--json").json
+    assert answer["prompt_tokens"] > 32
+    assert answer["token_ids"]
+
+
 def test_yarn_is_shown(call: Call, tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     source = write_tiny_checkpoint(tmp_path / "yarn", rope_scaling=yarn)
