@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -122,3 +123,8 @@ class GraphBuilder:
 def int64(*values: int) -> NDArray[np.int64]:
     """A one-dimensional int64 array."""
     return np.array(values, np.int64)
+
+
+def place_of(module: str) -> str:
+    """Where a module's nodes stand: model.layers.3.mlp becomes /model/layers.3/mlp."""
+    return "/" + re.sub(r"\.(?!\d)", "/", module)

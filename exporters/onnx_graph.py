@@ -16,7 +16,6 @@ Operators: ``docs/ContribOperators.md`` of onnxruntime 1.31 for com.microsoft, o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -26,7 +25,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_attention import AttentionBuilder, B, S, T
-from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
+from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64, place_of
 from qwen2x.exporters.onnx_target import Target
 from qwen2x.exporters.onnx_weights import WeightLayout
 from qwen2x.exporters.rope import Rope
@@ -89,6 +88,7 @@ class Decoder:
         self.graph.input("input_ids", TensorProto.INT64, (B, S))
         self.graph.input("attention_mask", TensorProto.INT64, (B, T))
         self.graph.input("position_ids", TensorProto.INT64, (B, S))
+        self._declare_logits()
         self.attention = AttentionBuilder(
             self.graph,
             recipe.config,
@@ -100,8 +100,6 @@ class Decoder:
 
     def build(self) -> None:
         """Writes all nodes."""
-        # Declared with the axis name of the inputs: optimum derives output shapes from it.
-        self.graph.output("logits", TensorProto.FLOAT, (B, S, self.config.vocab_size))
         self.first_row = self._first_kept_row()
         table = self._table("model.embed_tokens")
         normed, residual = self._begin(table)
@@ -109,6 +107,10 @@ class Decoder:
             normed, residual = self._layer(layer, normed, residual)
         head = table if self.config.is_tied else self._table("lm_head")
         self._head(head, normed)
+
+    def _declare_logits(self) -> None:
+        # With the axis name of the inputs: optimum derives output shapes from it.
+        self.graph.output("logits", TensorProto.FLOAT, (B, S, self.config.vocab_size))
 
     def _begin(self, table: Weight) -> tuple[str, str]:
         """What the first layer takes: normed, and as it is."""
@@ -166,7 +168,7 @@ class Decoder:
         self, layer: int, name: str, parts: Parts, x: str, leading: Shape, *, has_bias: bool = False
     ) -> str:
         """X through the modules of a unit, whose outputs come out side by side."""
-        place = _place(f"model.layers.{layer}.{name}")
+        place = place_of(f"model.layers.{layer}.{name}")
         orders = [self.recipe.orders.get(f"model.layers.{layer}.{part}") for part, _ in parts]
         if len({None if order is None else order.tobytes() for order in orders}) > 1:
             outputs = [
@@ -367,7 +369,7 @@ class Decoder:
     def _add_and_norm(self, name: str, x: str, residual: str, leading: Shape) -> tuple[str, str]:
         """The sum of residual and x, normed and as it is."""
         graph, epsilon = self.graph, self.config.rms_norm_eps
-        place = _place(name)
+        place = place_of(name)
         weight = self._norm_weight(f"{name}.weight")
         shape: Shape = (*leading, self.config.hidden_size)
         x = self._cast(f"{place}/residual", x, self.residual_type, leading)
@@ -413,8 +415,3 @@ class Decoder:
         else:
             node = "/lm_head/Cast"
             self.graph.op(node, [logits], float32, (), name_output="logits", to=float32)
-
-
-def _place(module: str) -> str:
-    """Where a module's nodes stand: model.layers.3.mlp becomes /model/layers.3/mlp."""
-    return "/" + re.sub(r"\.(?!\d)", "/", module)

@@ -54,6 +54,9 @@ class _PrefillDecoder(Decoder):
             normed, residual = self._layer(layer, normed, residual)
         self._attend(last, normed)
 
+    def _declare_logits(self) -> None:
+        """There are none."""
+
     def _place_matrix(self, unit: str, sources: list[tuple[str, int]], columns: int) -> Weight:
         return self.layout.int8_rows(f"{unit}.int8", sources, columns)
 

@@ -2,6 +2,12 @@
 
 Rotary attention sees differences of positions. So half of the tokens stand at the beginning, half
 around a far position, with nothing between: no long prompt has to be read.
+
+The first tokens behind the gap have nothing near them, which no text has. On the 0.5B checkpoint
+the very first amplifies all rounding a hundred times (with factor 4, 0.006 in float32 logits, and a
+KL divergence of 1.7 with 8 bits), the others far less. So the median over the far tokens counts,
+which a wrong table moves as a whole, and it may be larger than within a text: 0.0034 with 8 bits,
+where another factor's table gives 0.12.
 """
 
 from __future__ import annotations
@@ -18,16 +24,25 @@ from qwen2x.runtimes.tolerance import Tolerance
 from qwen2x.runtimes.validate import Check, chunked_equals_whole
 
 _PROBE = 48
+# Times the divergence that is allowed within a text.
+_BEHIND_GAP = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distance:
-    """How far logits around a position are from the judge's."""
+    """How far logits around a position are from the judge's: medians over the tokens there.
+
+    Attributes:
+        factor: YaRN's.
+        position: the middle of the far tokens, or the end that is near it.
+        kl_median: in nats.
+        abs_diff_median: of each token's largest difference.
+    """
 
     factor: float
     position: int
-    kl_mean: float
-    max_abs_diff: float
+    kl_median: float
+    abs_diff_median: float
 
 
 @runtime_checkable
@@ -98,19 +113,19 @@ def _distance(candidate: Runtime, reference: Runtime, ids: TokenIds, position: i
     return Distance(
         factor=candidate.rope_factor,
         position=position,
-        kl_mean=float(kl_divergence(theirs, ours).mean()),
-        max_abs_diff=_largest(ours, theirs),
+        kl_median=float(np.median(kl_divergence(theirs, ours)[half:])),
+        abs_diff_median=float(np.median(np.abs(ours - theirs)[half:].max(axis=-1))),
     )
 
 
 def _limits(found: list[Distance], tolerance: Tolerance) -> list[Check]:
     """The worst position of one factor."""
     name = f"long_factor_{found[0].factor:g}"
-    worst = max(each.kl_mean for each in found)
-    checks = [Check(name=name, value=worst, limit=tolerance.kl_mean)]
+    worst = max(each.kl_median for each in found)
+    checks = [Check(name=name, value=worst, limit=_BEHIND_GAP * tolerance.kl_mean)]
     if tolerance.max_abs_diff is not None:
-        worst = max(each.max_abs_diff for each in found)
-        name = f"{name}_max_abs_diff"
+        worst = max(each.abs_diff_median for each in found)
+        name = f"{name}_abs_diff"
         checks.append(Check(name=name, value=worst, limit=tolerance.max_abs_diff))
     return checks
 
