@@ -54,7 +54,8 @@ def read_factors(context: click.Context, option: object, text: str | None) -> An
 )  # fmt: skip
 @click.option(
     "--max-bytes", type=int,
-    help="The same budget in bytes, of weights and graph, without tokenizer files. Default: none.",
+    help="The same budget in bytes, of weights and graph, without tokenizer files and the copy of "
+    "--prefill-int8. Default: none.",
 )  # fmt: skip
 @click.option(
     "--asymmetric", is_flag=True,

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qwen2x.exporters.bundle import PREFILL_FILE
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.export_plan import Plan, planned_files
+from qwen2x.exporters.onnx_weights import PREFILL_DATA_FILE
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.weights import bits_per_weight
 from qwen2x.quantize.errors import SchemeError
@@ -217,7 +219,7 @@ class _Budget:
     def excess(self, plan: Plan) -> float:
         """Bytes that a plan has too many. A preset is the same whatever a target stores."""
         if self.options.max_bytes is not None:
-            return sum(planned_files(plan).values()) - self.options.max_bytes
+            return _model_bytes(plan) - self.options.max_bytes
         if self.options.bits_per_weight is not None:
             parameters = sum(parameters_of_units(self.config).values())
             return (bits_per_weight(plan.weights) - self.options.bits_per_weight) * parameters / 8
@@ -227,9 +229,15 @@ class _Budget:
         if self.excess(smallest) <= 0:
             return
         if self.options.max_bytes is not None:
-            least = f"--max-bytes {sum(planned_files(smallest).values())}"
+            least = f"--max-bytes {_model_bytes(smallest)}"
             given = f"--max-bytes {self.options.max_bytes}"
         else:
             least = f"--bits-per-weight {math.ceil(100 * bits_per_weight(smallest.weights)) / 100}"
             given = f"--bits-per-weight {self.options.bits_per_weight}"
         raise SchemeError(f"{given} cannot be met; this model needs {least} or more")
+
+
+def _model_bytes(plan: Plan) -> int:
+    """Of weights and graph. A copy that reads prompts is not in a budget of the model's."""
+    copy = (PREFILL_FILE, PREFILL_DATA_FILE)
+    return sum(size for name, size in planned_files(plan).items() if name not in copy)

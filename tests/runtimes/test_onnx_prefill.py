@@ -213,6 +213,16 @@ def test_a_missing_graph_is_told(bundle: Path, tmp_path: Path) -> None:
         open_runtime(folder)
 
 
+def test_a_budget_does_not_count_the_copy(random_checkpoint: Path, tmp_path: Path) -> None:
+    sizes = []
+    for has_prefill in (True, False):
+        out = tmp_path / f"out-{has_prefill}"
+        options: dict[str, Any] = {"max_bytes": 400_000, "method": "rtn"}
+        export(random_checkpoint, out=out, prefill_int8=has_prefill, **options)
+        sizes.append((out / "model.onnx_data").stat().st_size)
+    assert sizes[0] == sizes[1] < 400_000
+
+
 @pytest.mark.parametrize("options", [{"target": "mlx"}, {"device": "cuda"}])
 def test_other_targets_refuse_it(
     options: dict[str, Any], random_checkpoint: Path, tmp_path: Path
