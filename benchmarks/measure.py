@@ -75,6 +75,12 @@ def run_json(command: Sequence[object], *, stdin: Path = Path(os.devnull)) -> di
     return value
 
 
+def bench_bundle(folder: Path, *, threads: int, prompt: int, new: int) -> dict[str, Any]:
+    """What ``qwen2x bench`` prints of one run behind one to warm up, in a process of its own."""
+    words = ["bench", folder, "--prompt-tokens", prompt, "--new-tokens", new]
+    return run_json([*QWEN2X, *words, "--repeat", 1, "--threads", threads, "--json"])
+
+
 def genai_environment() -> Environment:
     """onnxruntime-genai with what its builder needs, built once under ``.cache``."""
     return open_environment("genai-builder")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import QWEN2X, TEXTS, run_json, write_result
+from benchmarks.measure import TEXTS, bench_bundle, write_result
 from benchmarks.quality_reference import Reference, kl_divergence, log_softmax
 from qwen2x.exporters.bundle import open_bundle
 from qwen2x.exporters.exporter import export
@@ -91,10 +91,7 @@ def compare(
 
 def bench(folder: Path, threads: int) -> dict[str, float]:
     """The speeds of one process, after a run to warm up."""
-    found = run_json(
-        [*QWEN2X, "bench", folder, "--prompt-tokens", PROMPT, "--new-tokens", NEW, "--repeat", 1,
-         "--threads", threads, "--json"]
-    )  # fmt: skip
+    found = bench_bundle(folder, threads=threads, prompt=PROMPT, new=NEW)
     return {key: found[key] for key in SPEEDS}
 
 

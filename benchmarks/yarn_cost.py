@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import QWEN2X, TEXTS, run_json, write_result
+from benchmarks.measure import TEXTS, bench_bundle, write_result
 from qwen2x.exporters.exporter import export
 from qwen2x.runtimes.runtime import open_runtime
 from qwen2x.runtimes.tokenizer import Tokenizer
@@ -80,10 +80,7 @@ def same_logits(folders: list[Path], ids: list[int]) -> bool:
 
 def bench(folder: Path, threads: int) -> dict[str, Any]:
     """Speeds after a run to warm up."""
-    found = run_json(
-        [*QWEN2X, "bench", folder, "--prompt-tokens", PROMPT, "--new-tokens", NEW, "--repeat", 1,
-         "--threads", threads, "--json"]
-    )  # fmt: skip
+    found = bench_bundle(folder, threads=threads, prompt=PROMPT, new=NEW)
     return {key: found[key] for key in SPEEDS}
 
 
