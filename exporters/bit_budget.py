@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qwen2x.exporters.bundle import PREFILL_FILE
+from qwen2x.exporters.bundle import PREFILL_DATA_FILE, PREFILL_FILE
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.export_plan import Plan, planned_files
-from qwen2x.exporters.onnx_weights import PREFILL_DATA_FILE
 from qwen2x.exporters.options import Options
 from qwen2x.exporters.weights import bits_per_weight
 from qwen2x.quantize.errors import SchemeError

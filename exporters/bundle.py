@@ -17,8 +17,8 @@ from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.errors import BundleError
 
 MANIFEST = "qwen2x.json"
-# The second graph of an ONNX bundle that has one.
-PREFILL_FILE = "prefill.onnx"
+# The second graph of an ONNX bundle that has one, and its weights.
+PREFILL_FILE, PREFILL_DATA_FILE = "prefill.onnx", "prefill.onnx_data"
 FORMAT_VERSION = 1
 # By target, the files without which there is no model.
 _NEEDED = {"onnx": ("model.onnx", "model.onnx_data"), "mlx": ("config.json",)}

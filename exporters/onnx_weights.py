@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from qwen2x.exporters.bundle import PREFILL_DATA_FILE
 from qwen2x.exporters.onnx_target import NUMPY_TYPES
 from qwen2x.exporters.weights import FLOAT_TYPES, DataFile, Region, Weight
 from qwen2x.quantize.packing import matmul_nbits_shape, zero_points_shape
 from qwen2x.quantize.scheme import Scheme
 
-DATA_FILE, PREFILL_DATA_FILE = "model.onnx_data", "prefill.onnx_data"
+DATA_FILE = "model.onnx_data"
 ALIGNMENT = 4096
 # Bits of codes that are stored as a plane of 4 and one of 2, which MatMulNBits knows.
 _PLANES = 6
