@@ -307,11 +307,12 @@ def test_a_length_that_the_config_lacks_reaches_pytorch_too(tmp_path: Path) -> N
 
 def test_every_end_of_every_context_is_looked_at(runtime: Runtime, judge: Runtime) -> None:
     tolerance = tolerance_for("float", "float32")
+    judge.use_rope(2)
     checks, found = check_distance(runtime, judge, tokens(50), tolerance, lambda step: None)
     assert {check.name: check.verdict for check in checks if check.verdict != "pass"} == {}
     names = [check.name for check in checks]
     for factor in (1, 2, 4):
-        for suffix in ("", "_abs_diff", "_chunked"):
+        for suffix in ("", "_abs_diff", "_gap", "_gap_abs_diff", "_chunked"):
             assert f"long_factor_{factor}{suffix}" in names
     assert "back_at_first_factor" in names
     assert ("first_factor_equals_plain" in names) == (runtime.backend == "onnx")
@@ -320,6 +321,8 @@ def test_every_end_of_every_context_is_looked_at(runtime: Runtime, judge: Runtim
         (1, 0), (1, 63), (2, 0), (2, 63), (2, 64), (2, 127),
         (4, 0), (4, 63), (4, 64), (4, 127), (4, 128), (4, 255),
     }  # fmt: skip
+    assert all((place.gap_kl_wrong is None) == (place.position == 0) for place in found)
+    assert judge.rope_factor == 2
 
 
 def test_frequencies_of_another_factor_fail_its_check(
@@ -340,5 +343,23 @@ def test_frequencies_of_another_factor_fail_its_check(
         runtime._rope_inputs = mixed_up  # type: ignore[attr-defined]
         checks, _ = check_distance(runtime, judge, tokens(50), tolerance, lambda step: None)
     failed = {check.name for check in checks if check.verdict == "fail"}
-    assert {"long_factor_1", "long_factor_4"} <= failed
-    assert "long_factor_2" not in failed
+    assert {"long_factor_1", "long_factor_4", "long_factor_1_gap", "long_factor_4_gap"} <= failed
+    assert not failed & {"long_factor_2", "long_factor_2_gap"}
+
+
+@pytest.mark.parametrize("scheme", ["float", "int4-g32"])
+def test_positions_that_are_ignored_fail_by_the_gap(
+    scheme: str, source: Path, make_bundle: MakeBundle, judge: Runtime
+) -> None:
+    """Which nothing else shows: tokens in a row have the same logits wherever they stand."""
+    options: dict[str, Any] = {"bits": 4, "method": "rtn"} if scheme != "float" else {}
+    tolerance = tolerance_for(scheme, "float32")
+    with open_runtime(make_bundle(source, yarn=FACTORS, **options), threads=1) as runtime:
+        checks, _ = check_distance(runtime, judge, tokens(50), tolerance, lambda step: None)
+        assert {check.name for check in checks if check.verdict == "fail"} == set()
+        logits = runtime.logits
+        runtime.logits = lambda ids, positions=None: logits(ids)  # type: ignore[method-assign, misc]
+        checks, _ = check_distance(runtime, judge, tokens(50), tolerance, lambda step: None)
+    failed = {check.name for check in checks if check.verdict == "fail"}
+    assert {f"long_factor_{factor}_gap" for factor in (1, 2, 4)} <= failed
+    assert not failed & {f"long_factor_{factor}" for factor in (1, 2, 4)}
