@@ -164,6 +164,7 @@ def run_bench(
         "threads": threads,
         "graph": graph,
         "kv_bits": int(kv_bits) if kv_bits else None,
+        "room": prompt_tokens + new_tokens,
     }
     with open_runtime(bundle, **place) as runtime:
         load_s = time.perf_counter() - started

@@ -209,6 +209,7 @@ def open_model(
     kv_bits: str | None = None,
     yarn: float | str = "auto",
     prefill_memory: int,
+    room: int | None = None,
     **making: Any,
 ) -> Runtime:
     """A runtime for a bundle, or for a checkpoint, whose bundle is made once and kept.
@@ -222,6 +223,7 @@ def open_model(
         kv_bits: of the KV cache; None is the bundle's own, floats for a checkpoint.
         yarn: a factor that there must be, or ``auto``.
         prefill_memory: MB for reading a prompt.
+        room: positions that will be used at most, where that is known.
         **making: revision, bits, group_size, dtype: of the bundle that a checkpoint becomes.
     """
     from qwen2x.runtimes.runtime import open_runtime
@@ -238,6 +240,7 @@ def open_model(
         kv_bits=int(kv_bits) if kv_bits else None,
         yarn=() if isinstance(yarn, str) else (yarn,),
         prefill_memory=prefill_memory * MEGABYTE,
+        room=room,
     )
 
 

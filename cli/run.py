@@ -34,6 +34,9 @@ from qwen2x.cli.speculating import (
 if TYPE_CHECKING:
     from qwen2x.runtimes.generate import Generation
 
+# What a chat template and a system prompt of its own add to a prompt, generously.
+_TEMPLATE_TOKENS = 256
+
 _EXAMPLES = """\b
 Example: qwen2x run qwen-int4 "Why is the sky blue?" --temperature 0
          cat story.txt | qwen2x run qwen-int4 "Summarize this text."
@@ -107,7 +110,10 @@ def command(
     started = time.perf_counter()
     guessing: dict[str, Any] = {"speculate": speculate, "draft": draft}
     guessing["threads"] = options["threads"]
-    opening = open_model(model, yarn=yarn, **options)
+    # A token is a byte at least; a chat template adds some.
+    length = len(f"{system or ''}{text}".encode()) + _TEMPLATE_TOKENS
+    room = None if max_tokens is None else length + max_tokens
+    opening = open_model(model, yarn=yarn, room=room, **options)
     with opening as runtime, speculating(runtime, **guessing) as ahead:
         load_s = time.perf_counter() - started
         runtime.on_prefill = prefill_progress(is_verbose=verbose, quiet=as_json)

@@ -107,7 +107,8 @@ class OnnxBatch:
         self._slots[row] = last
 
     def _view(self, first: int, stop: int) -> _Rows:
-        return _Rows({part: buffer[first:stop] for part, buffer in self._buffers.items()})
+        arrays = {part: buffer[first:stop] for part, buffer in self._buffers.items()}
+        return _Rows(arrays, self._capacity)
 
 
 class OnnxSlot(CacheBookkeeping):
@@ -143,8 +144,9 @@ class OnnxSlot(CacheBookkeeping):
 class _Rows:
     """Some rows of the buffers, as the cache of a run."""
 
-    def __init__(self, arrays: dict[str, NDArray[Any]]) -> None:
+    def __init__(self, arrays: dict[str, NDArray[Any]], capacity: int) -> None:
         self._arrays = arrays
+        self.capacity = capacity
 
     def bind(self, binding: Any, past: int, total: int) -> None:
         """See ``BindsCache``."""

@@ -15,6 +15,9 @@ from qwen2x.runtimes.memory import require_memory
 from qwen2x.runtimes.onnx_memory import free_bytes
 
 STEP = 256
+# Parts are allocated together up to so many bytes: NumPy asks Linux for pages of 2 MB only where an
+# array is large, and a step that reads the cache waits for addresses in pages of 4 KB.
+_BLOCK = 64 << 20
 _BFLOAT16 = 16
 _ELEMENT_TYPES: dict[str, Any] = {
     "float32": np.float32,
@@ -27,6 +30,11 @@ _ELEMENT_TYPES: dict[str, Any] = {
 class BindsCache(Protocol):
     """Binds keys and values of all layers to a run."""
 
+    @property
+    def capacity(self) -> int:
+        """Positions of the buffers that past and present share; 0 where they do not."""
+        ...
+
     def bind(self, binding: Any, past: int, total: int) -> None:
         """Binds past keys and values of ``past`` positions, and room for ``total``."""
         ...
@@ -37,6 +45,14 @@ class OnnxCache(BindsCache, Protocol):
 
     def reserve(self, past: int, total: int) -> None:
         """Makes room for ``total`` positions, of which ``past`` are there.
+
+        Raises:
+            RequestError: it takes more memory than there is; nothing has changed.
+        """
+        ...
+
+    def expect(self, total: int) -> None:
+        """Told how long the cache may become; it grows towards that when it must.
 
         Raises:
             RequestError: it takes more memory than there is; nothing has changed.
@@ -84,10 +100,14 @@ class _Layout:
 class SharedCache(_Layout):
     """One buffer per part that GroupQueryAttention appends to in place; it grows in steps.
 
-    A step is 256 positions or a quarter of the buffer, whichever is more, so that the copies cost
-    a constant share of the work. On CUDA a copy goes through the host. Buffers are bound by their
-    address, since NumPy has no bfloat16: they hold it as uint16, which can be copied.
+    A step is 256 positions or a sixteenth of the buffer, whichever is more, so that the copies cost
+    a constant share of the work; no step goes beyond what is expected. Steps are small since a
+    single token attends to all of the buffer (``onnx_decode``). On CUDA a copy goes through the
+    host. Buffers are bound by their address, since NumPy has no bfloat16: they hold it
+    as uint16, which can be copied.
     """
+
+    _is_in_blocks = True
 
     def __init__(
         self,
@@ -104,15 +124,26 @@ class SharedCache(_Layout):
         self._buffers: dict[str, Any] = {}
         self._bound_to: Any = None
         self._is_kept = is_kept
-        self.capacity = 0
+        self._expected = 0
+        self._capacity = 0
         # Counts up when buffers move: whoever holds their addresses binds anew.
         self.generation = 0
+
+    @property
+    def capacity(self) -> int:
+        """See ``BindsCache``."""
+        return self._capacity
 
     def reserve(self, past: int, total: int) -> None:
         """See ``OnnxCache``. What is reserved at once is never copied."""
         if total > self.capacity:
             self._bound_to = None
             self._grow(past, total)
+
+    def expect(self, total: int) -> None:
+        """See ``OnnxCache``."""
+        self._require_memory(self._rounded(total))
+        self._expected = total
 
     def bind(self, binding: Any, past: int, total: int) -> None:
         """See ``OnnxCache``."""
@@ -136,10 +167,13 @@ class SharedCache(_Layout):
         if length == 0 and not self._is_kept:
             self._bound_to = None
             self._buffers.clear()
-            self.capacity = 0
+            self._capacity = 0
 
     def export(self, length: int) -> CacheArrays:
         """See ``OnnxCache``."""
+        if length == 0:
+            empty = self._typed(np.empty(self._shape(0)[1:], self._host_type))
+            return dict.fromkeys(self._parts, empty)
         return {
             part: self._typed(buffer.numpy()[0, :, :length])
             for part, buffer in self._buffers.items()
@@ -158,26 +192,38 @@ class SharedCache(_Layout):
 
     def _grow(self, past: int, total: int) -> None:
         self.generation += 1
-        step = max(STEP, self.capacity // 4)
-        capacity = -(-max(total, self.capacity + step) // STEP) * STEP
-        capacity = min(capacity, self._max_positions)
+        step = max(STEP, self.capacity // 16)
+        wanted = max(total, self.capacity + step)
+        if total <= self._expected:
+            wanted = min(wanted, self._expected)
+        capacity = self._rounded(wanted)
+        self._require_memory(capacity)
+        shape = self._shape(capacity)
+        size = math.prod(shape) * np.dtype(self._host_type).itemsize
+        together = max(1, _BLOCK // size) if self._is_in_blocks else 1
+        for first in range(0, len(self._parts), together):
+            parts = self._parts[first : first + together]
+            block = self._zeros([len(parts), *shape])
+            for part, values in zip(parts, block, strict=True):
+                if past:
+                    # A view of the old buffer's memory, which lives while the buffer does.
+                    values[:, :, :past] = self._buffers[part].numpy()[:, :, :past]
+                # On the CPU the OrtValue stands on this very array and keeps it alive.
+                self._buffers[part] = ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
+        # Last: after an interruption some buffers are larger, and the next call grows all again.
+        self._capacity = capacity
+
+    def _rounded(self, positions: int) -> int:
+        return min(-(-positions // STEP) * STEP, self._max_positions)
+
+    def _require_memory(self, positions: int) -> None:
+        size = math.prod(self._shape(1)) * np.dtype(self._host_type).itemsize
         require_memory(
-            capacity,
+            positions,
             taken=self.capacity,
-            bytes_per_position=len(self._parts)
-            * math.prod(self._shape(1))
-            * np.dtype(self._host_type).itemsize,
+            bytes_per_position=len(self._parts) * size,
             free=free_bytes(self._device),
         )
-        for part in self._parts:
-            values = self._zeros(self._shape(capacity))
-            if past:
-                # A view of the old buffer's memory, which lives while the buffer does.
-                values[:, :, :past] = self._buffers[part].numpy()[:, :, :past]
-            # On the CPU the OrtValue stands on this very array and keeps it alive.
-            self._buffers[part] = ort.OrtValue.ortvalue_from_numpy(values, self._device, 0)
-        # Last: after an interruption some buffers are larger, and the next call grows all again.
-        self.capacity = capacity
 
     def _zeros(self, shape: list[int]) -> Any:
         return np.zeros(shape, self._host_type)
@@ -194,8 +240,16 @@ class ConcatenatedCache(_Layout):
             for part in self._parts
         }
 
+    @property
+    def capacity(self) -> int:
+        """See ``BindsCache``: nothing is shared."""
+        return 0
+
     def reserve(self, past: int, total: int) -> None:
         """Nothing to do: a run makes its room."""
+
+    def expect(self, total: int) -> None:
+        """Nothing to do."""
 
     def bind(self, binding: Any, past: int, total: int) -> None:
         """See ``OnnxCache``."""

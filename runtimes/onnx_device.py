@@ -112,6 +112,7 @@ class DeviceRuntime(OnnxRuntime):
         self._step.close()
 
     def _open(self, start: Start) -> Any:
+        self.has_products = False
         graph = graph_with_candidates(self.folder / GRAPH_FILE, self.vocab_size, self._count)
         return open_session(self.bundle, replace(start, is_captured=self._is_captured), graph)
 
@@ -136,6 +137,11 @@ class DeviceRuntime(OnnxRuntime):
         token_id, past = int(token_ids[0, 0]), self.cache_length
         self._step.run(token_id, past, self._cache, self._execute, self._rope_index)
         return self._step.logits()
+
+    def reserve(self, positions: int) -> None:
+        """See ``Runtime``; all of it at once, since a captured graph is bound to its buffers."""
+        self._require_room(positions)
+        self._reserve(positions)
 
     def _reserve(self, length: int) -> None:
         """Doubles the cache at least, since a captured graph stays in memory when it grows."""

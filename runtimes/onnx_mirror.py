@@ -51,12 +51,16 @@ class MirroredCache(SharedCache):
         rows: at most.
     """
 
+    # Each part's pages are mapped anew.
+    _is_in_blocks = False
+
     def __init__(
         self, cache: SharedCache, facts: Mapping[str, Any], max_positions: int, past: int, rows: int
     ) -> None:
         super().__init__(facts, "cpu", max_positions)
         self._rows = rows
         self._buffers = dict(cache._buffers)
+        self._expected = cache._expected
         self._grow(past, max(1, cache.capacity))
 
     def bind_rows(self, binding: Any, rows: int, past: int, total: int) -> None:
@@ -71,6 +75,7 @@ class MirroredCache(SharedCache):
             binding.bind_output(f"present.{part}", *place)
 
     def _zeros(self, shape: list[int]) -> Any:
+        # A block of one part.
         return _mirrored_zeros(shape, np.dtype(self._host_type), self._rows)
 
 

@@ -189,8 +189,9 @@ def read_runs(path: Path) -> list[GraphRun]:
         if event.get("cat") != "Node" or not name.endswith(_NODE_SUFFIX):
             continue
         run = int(np.searchsorted(starts, event["ts"], side="right")) - 1
-        if run >= 0:
-            operator = event["args"]["op_name"]
+        operator = event["args"]["op_name"]
+        # The nodes of a branch have events of their own, beside that of the branching.
+        if run >= 0 and operator != "If":
             node = (name.removesuffix(_NODE_SUFFIX), operator, event["dur"] * _MICROSECOND)
             nodes[run].append(node)
     return [

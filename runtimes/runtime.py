@@ -145,6 +145,19 @@ class ReadsPromptsInInt8(Protocol):
 
 
 @runtime_checkable
+class AttendsByProducts(Protocol):
+    """A runtime that has a second way to attend, for single tokens behind long caches.
+
+    Attributes:
+        products_from: positions of a cache from which on it is taken; 0: wherever it can be.
+        has_products: whether there is that way.
+    """
+
+    products_from: int
+    has_products: bool
+
+
+@runtime_checkable
 class SamplesAhead(Protocol):
     """A runtime that also chooses tokens, so that their logits can stay on its device.
 
@@ -194,6 +207,7 @@ def open_runtime(
     yarn: Sequence[float] = (),
     original_context: int | None = None,
     record: bool = False,
+    room: int | None = None,
 ) -> Runtime:
     """Opens a bundle, or with ``backend="torch"`` a Hugging Face folder.
 
@@ -214,6 +228,8 @@ def open_runtime(
             own, a bundle has those that it was exported with.
         original_context: positions that a checkpoint was trained with, where its config is silent.
         record: record what an ONNX graph does, node by node, for ``profile``; others cannot.
+        room: positions that will be used at most, where that is known. An ONNX graph on the CPU has
+            a second way to attend, which long caches want and short ones pay for.
 
     Raises:
         BundleError: a damaged or unfit bundle.
@@ -250,7 +266,7 @@ def open_runtime(
             "export it again with --kv-bits 8, or leave it out here"
         )
     module = import_backend(bundle.target)
-    limits = {"prefill_chunk": prefill_chunk, "prefill_memory": prefill_memory}
+    limits: dict[str, Any] = {"prefill_chunk": prefill_chunk, "prefill_memory": prefill_memory}
     opened: Runtime
     if graph:
         module = importlib.import_module("qwen2x.runtimes.mlx_graph_runtime")
@@ -258,7 +274,8 @@ def open_runtime(
     elif bundle.target == "mlx":
         opened = module.MlxRuntime(bundle, device=device, kv_bits=kv_bits, **limits)
     else:
-        opened = module.open_onnx(bundle, device=device, threads=threads, record=record, **limits)
+        limits |= {"threads": threads, "record": record, "room": room}
+        opened = module.open_onnx(bundle, device=device, **limits)
     return opened
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwen2x.runtimes.compare import Difference, compare, kl_divergence, windows_of
 from qwen2x.runtimes.generate import Generation, read_text_files
-from qwen2x.runtimes.runtime import Logits, ReadsPromptsInInt8, Runtime
+from qwen2x.runtimes.runtime import AttendsByProducts, Logits, ReadsPromptsInInt8, Runtime
 from qwen2x.runtimes.sampler import Sampling
 from qwen2x.runtimes.tolerance import Tolerance
 
@@ -119,6 +119,10 @@ def validate(
     on_step("cache_equals_prefill")
     whole, stepwise = _whole(candidate, probe), _by_cache(candidate, probe)
     checks.append(_same("cache_equals_prefill", whole, stepwise, tolerance))
+    if isinstance(candidate, AttendsByProducts) and candidate.has_products:
+        on_step("products_equal_prefill")
+        by_products = _by_products(candidate, probe)
+        checks.append(_same("products_equal_prefill", whole, by_products, tolerance))
     on_step("chunked_equals_whole")
     checks.append(chunked_equals_whole(candidate, probe, tolerance))
     on_step("batch_equals_single")
@@ -200,6 +204,16 @@ def _by_cache(runtime: Runtime, probe: list[int]) -> Logits:
     runtime.truncate(half)
     rows[half:] = [runtime.decode(token) for token in probe[half:]]
     return np.stack(rows)
+
+
+def _by_products(runtime: Runtime, probe: list[int]) -> Logits:
+    """The same by the way that long caches take."""
+    assert isinstance(runtime, AttendsByProducts)
+    usual, runtime.products_from = runtime.products_from, 0
+    try:
+        return _by_cache(runtime, probe)
+    finally:
+        runtime.products_from = usual
 
 
 def _by_chunks(runtime: Runtime, probe: list[int]) -> Logits:

@@ -94,7 +94,7 @@ def test_generation_tells_of_a_prompt_to_its_end_and_of_short_ones_nothing(
         assert told == []
 
 
-def test_an_answer_makes_room_once(make_bundle: MakeBundle, random_checkpoint: Path) -> None:
+def test_a_prompt_makes_room_once(make_bundle: MakeBundle, random_checkpoint: Path) -> None:
     """Growing in steps needed copies, and memory for them, while a long prompt was read."""
     with opened(make_bundle, random_checkpoint, "onnx", prefill_chunk=32) as runtime:
         cache: Any = runtime._cache  # type: ignore[attr-defined]
@@ -102,8 +102,25 @@ def test_an_answer_makes_room_once(make_bundle: MakeBundle, random_checkpoint: P
         grow = cache._grow
         cache._grow = lambda past, total: (grown.append(total), grow(past, total))
         generate(runtime, IDS, max_tokens=200, sampling=Sampling(temperature=0)).run()
-        assert grown == [500]
+        assert grown == [300]
         assert cache.capacity == 512
+
+
+def test_room_for_an_answer_is_made_as_it_comes(
+    make_bundle: MakeBundle, random_checkpoint: Path
+) -> None:
+    """A step may attend to all of the buffer, so it is kept short, and never beyond the answer."""
+    with opened(make_bundle, random_checkpoint, "onnx") as runtime:
+        cache: Any = runtime._cache  # type: ignore[attr-defined]
+        runtime.reserve(400)
+        assert cache.capacity == 0
+        runtime.prefill(IDS[:250])
+        assert cache.capacity == 256
+        before = runtime.logits(np.array([IDS[:257]]))[0, -1]
+        for token in IDS[250:257]:
+            after = runtime.decode(token)
+        assert cache.capacity == 512
+        np.testing.assert_allclose(after, before, atol=1e-4)
 
 
 def test_a_compiled_step_keeps_its_cache_short(

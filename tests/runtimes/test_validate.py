@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
+from qwen2x.exporters.onnx_decode import ATTEND_BY_PRODUCTS
 from qwen2x.runtimes import onnx_runtime
 from qwen2x.runtimes.generate import read_text_files
 from qwen2x.runtimes.runtime import Logits, Runtime, TokenIds, open_runtime
@@ -25,7 +27,8 @@ TOKEN_IDS = read_text_files(EXAMPLE).tokenizer.encode(TEXT)
 FLOAT32 = tolerance_for("float", "float32")
 NAMES = [
     "all_finite", "kl_mean", "top1_agreement", "max_abs_diff", "cache_equals_prefill",
-    "chunked_equals_whole", "batch_equals_single", "long_positions", "greedy_text_equal",
+    "products_equal_prefill", "chunked_equals_whole", "batch_equals_single", "long_positions",
+    "greedy_text_equal",
 ]  # fmt: skip
 
 
@@ -142,7 +145,25 @@ def test_a_cache_that_is_off_by_one_position_fails_its_check(
 ) -> None:
     shift_positions(monkeypatch, lambda p: p + 1 if p.shape[1] == 1 and p[0, 0] > 0 else p)
     names = failed(run(candidate, random_torch))
-    assert names - {"greedy_text_equal"} == {"cache_equals_prefill"}
+    assert names - {"greedy_text_equal"} == {"cache_equals_prefill", "products_equal_prefill"}
+
+
+def test_products_that_see_too_little_fail_their_check(
+    candidate: Runtime, random_torch: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mask that is one short does: the last key is missing."""
+    run_rows = candidate._run_bound  # type: ignore[attr-defined]
+
+    def short(binding: Any, inputs: dict[str, Any], *rest: Any) -> None:
+        chosen = inputs.get(ATTEND_BY_PRODUCTS)
+        if chosen is not None and chosen.numpy():
+            mask = inputs["attention_mask"].numpy().copy()
+            mask[:, -1] = 0
+            inputs = {**inputs, "attention_mask": ort.OrtValue.ortvalue_from_numpy(mask)}
+        run_rows(binding, inputs, *rest)
+
+    monkeypatch.setattr(candidate, "_run_bound", short)
+    assert failed(run(candidate, random_torch)) == {"products_equal_prefill"}
 
 
 def test_chunks_that_restart_their_positions_fail_their_check(
@@ -224,7 +245,7 @@ class OtherAnswer(Wrapped):
     [
         (WrongRows, {"batch_equals_single"}),
         (NoFarPositions, {"long_positions"}),
-        (NoTruncation, {"cache_equals_prefill"}),
+        (NoTruncation, {"cache_equals_prefill", "products_equal_prefill"}),
         (NotFinite, {"all_finite", "kl_mean", "max_abs_diff", "top1_agreement"}),
         (OtherAnswer, {"greedy_text_equal"}),
     ],
