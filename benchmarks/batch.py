@@ -8,13 +8,11 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import write_result
+from benchmarks.measure import opened_bundle, write_result
 from qwen2x.cli.judging import read_text
-from qwen2x.exporters.exporter import export
 from qwen2x.runtimes.bench import bench_batch, prompt_of
 from qwen2x.runtimes.generate import read_text_files
 from qwen2x.runtimes.runtime import open_runtime
@@ -31,11 +29,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="measure this one instead of exporting 4 bits")
     args = parser.parse_args()
     results: dict[int, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        bundle = args.bundle
-        if bundle is None:
-            bundle = Path(place) / "int4"
-            export(args.checkpoint, out=bundle, bits=4, method="rtn")
+    with opened_bundle(args.checkpoint, args.bundle) as bundle:
         with open_runtime(bundle, threads=args.threads) as runtime:
             text = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
             prompt = prompt_of(text, PROMPT)

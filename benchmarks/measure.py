@@ -9,13 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qwen2x.exporters.exporter import export
 from tests.foreign.environments import Environment, open_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +81,18 @@ def bench_bundle(folder: Path, *, threads: int, prompt: int, new: int) -> dict[s
     """What ``qwen2x bench`` prints of one run behind one to warm up, in a process of its own."""
     words = ["bench", folder, "--prompt-tokens", prompt, "--new-tokens", new]
     return run_json([*QWEN2X, *words, "--repeat", 1, "--threads", threads, "--json"])
+
+
+@contextmanager
+def opened_bundle(checkpoint: Path, bundle: Path | None) -> Iterator[Path]:
+    """The bundle, or where there is none, one of 4 bits, plainly rounded, for as long as asked."""
+    if bundle is not None:
+        yield bundle
+        return
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place) / "int4"
+        export(checkpoint, out=made, bits=4, method="rtn")
+        yield made
 
 
 def genai_environment() -> Environment:

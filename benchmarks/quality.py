@@ -52,6 +52,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "qwen2x 4 bits": ("--bits", "4"),
     "qwen2x for speed, 4 bits": ("--bits", "4", "--prefer", "speed"),
     "qwen2x for speed, 392 MB": ("--max-bytes", "392000000", "--prefer", "speed"),
+    "qwen2x for speed, 455 MB": ("--max-bytes", "455000000", "--prefer", "speed"),
     "qwen2x 4.6 bits per weight": ("--bits-per-weight", "4.6"),
     "qwen2x 360 MB": ("--max-bytes", "360000000", "--asymmetric"),
     "qwen2x 392 MB": ("--max-bytes", "392000000", "--asymmetric"),

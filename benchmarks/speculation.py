@@ -11,15 +11,13 @@ likeliest token of such rows differs, a text may go another way, with as much ri
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import ROOT, TEXTS, write_result
-from qwen2x.exporters.exporter import export
+from benchmarks.measure import ROOT, TEXTS, opened_bundle, write_result
 from qwen2x.runtimes.generate import Generation, generate, read_text_files
 from qwen2x.runtimes.runtime import Runtime, open_runtime
 from qwen2x.runtimes.sampler import Sampling
@@ -56,11 +54,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bundle", type=Path, help="measure this one instead of exporting 4 bits")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        bundle = args.bundle
-        if bundle is None:
-            bundle = Path(place) / "int4"
-            export(args.checkpoint, out=bundle, bits=4, method="rtn")
+    with opened_bundle(args.checkpoint, args.bundle) as bundle:
         with open_runtime(bundle, threads=args.threads) as runtime:
             results = {
                 name: measure(runtime, prompt, count, args.rounds)
