@@ -29,14 +29,16 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="measure this one instead of exporting 4 bits")
     args = parser.parse_args()
     results: dict[int, dict[str, Any]] = {}
-    with opened_bundle(args.checkpoint, args.bundle) as bundle:
-        with open_runtime(bundle, threads=args.threads) as runtime:
-            text = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
-            prompt = prompt_of(text, PROMPT)
-            for size in SIZES:
-                speed = bench_batch(runtime, prompt, NEW, size, args.repeat)
-                together, alone = speed.batch_decode_tokens_per_s, speed.single_decode_tokens_per_s
-                results[size] = {**vars(speed), "ratio": together / alone}
+    with (
+        opened_bundle(args.checkpoint, args.bundle) as bundle,
+        open_runtime(bundle, threads=args.threads) as runtime,
+    ):
+        text = read_text_files(runtime.folder).tokenizer.encode(read_text(None))
+        prompt = prompt_of(text, PROMPT)
+        for size in SIZES:
+            speed = bench_batch(runtime, prompt, NEW, size, args.repeat)
+            together, alone = speed.batch_decode_tokens_per_s, speed.single_decode_tokens_per_s
+            results[size] = {**vars(speed), "ratio": together / alone}
     write_result(
         "batch",
         {

@@ -43,7 +43,11 @@ OURS: dict[str, tuple[str, ...]] = {
     "qwen2x for speed, 4 bits": ("--bits", "4", "--prefer", "speed", "--prefill-int8"),
     "qwen2x 4 bits": ("--bits", "4", "--prefill-int8"),
     "qwen2x for speed, 455 MB": (
-        "--max-bytes", "455000000", "--prefer", "speed", "--prefill-int8",
+        "--max-bytes",
+        "455000000",
+        "--prefer",
+        "speed",
+        "--prefill-int8",
     ),
     "qwen2x for speed, 8 bits": ("--bits", "8", "--prefer", "speed", "--prefill-int8"),
     "qwen2x 8 bits": ("--bits", "8", "--prefill-int8"),

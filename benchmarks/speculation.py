@@ -54,13 +54,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bundle", type=Path, help="measure this one instead of exporting 4 bits")
     args = parser.parse_args()
-    with opened_bundle(args.checkpoint, args.bundle) as bundle:
-        with open_runtime(bundle, threads=args.threads) as runtime:
-            results = {
-                name: measure(runtime, prompt, count, args.rounds)
-                for name, (prompt, count) in tasks().items()
-            }
-            rounding = {kind: rounding_of(runtime, kind) for kind in ("prose", "code")}
+    with (
+        opened_bundle(args.checkpoint, args.bundle) as bundle,
+        open_runtime(bundle, threads=args.threads) as runtime,
+    ):
+        results = {
+            name: measure(runtime, prompt, count, args.rounds)
+            for name, (prompt, count) in tasks().items()
+        }
+        rounding = {kind: rounding_of(runtime, kind) for kind in ("prose", "code")}
     write_result(
         "speculation",
         {"threads": args.threads, "rounds": args.rounds, "tasks": results, "rounding": rounding},
