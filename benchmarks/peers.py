@@ -35,7 +35,7 @@ from benchmarks.quality import weight_bytes
 from benchmarks.quality_llama import llama_environment, quantize_with_llama
 from qwen2x.cli.judging import read_text
 from qwen2x.runtimes.tokenizer import Tokenizer
-from tests.foreign.environments import CannotInstallError
+from tests.foreign.environments import CannotInstallError, open_environment
 
 # Variants of ``benchmarks.quality``, which knows their divergence. What reading the prompt in int8
 # adds to it is in prefill_int8.json.
@@ -155,7 +155,11 @@ def kept_bundle(name: str, checkpoint: Path) -> Path:
 
 def peers(setting: Setting, folder: Path) -> list[Side]:
     """Those that can be installed; of the others it is said why not."""
-    makers: tuple[Callable[[Setting, Path], list[Side]], ...] = (llama_sides, genai_sides)
+    makers: tuple[Callable[[Setting, Path], list[Side]], ...] = (
+        llama_sides,
+        genai_sides,
+        openvino_sides,
+    )
     sides: list[Side] = []
     for make in makers:
         try:
@@ -198,6 +202,17 @@ def genai_sides(setting: Setting, folder: Path) -> list[Side]:
     script = Path(__file__).with_name("genai_speed.py")
     command = [environment.python, script, out, *setting.words]
     return [Side(name="onnxruntime-genai int4", command=command, bytes=weight_bytes(out))]
+
+
+def openvino_sides(setting: Setting, folder: Path) -> list[Side]:
+    """OpenVINO GenAI on llama.cpp's Q4_0 file, which it converts as it opens it."""
+    environment = open_environment("openvino-genai")
+    path = folder / "openvino.gguf"
+    quantize_with_llama(llama_environment(), setting.checkpoint, path, "Q4_0", has_words=True)
+    (folder / "float32-words.gguf").unlink()
+    script = Path(__file__).with_name("openvino_speed.py")
+    command = [environment.python, script, path, *setting.words]
+    return [Side(name="OpenVINO GenAI Q4_0", command=command, bytes=path.stat().st_size)]
 
 
 def ratios(medians: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, dict[str, float]]]:

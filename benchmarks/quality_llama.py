@@ -34,11 +34,14 @@ def has_amx() -> bool:
     return flags.is_file() and "amx_int8" in flags.read_text(encoding="utf-8")
 
 
-def quantize_with_llama(environment: Environment, checkpoint: Path, out: Path, kind: str) -> None:
+def quantize_with_llama(
+    environment: Environment, checkpoint: Path, out: Path, kind: str, *, has_words: bool = False
+) -> None:
     """Writes ``out``; the float file that it is made of stays beside it for the next kind."""
-    source = out.with_name("float32.gguf")
+    source = out.with_name("float32-words.gguf" if has_words else "float32.gguf")
     if not source.is_file():
-        run_measured([environment.python, _SCRIPT, "write", checkpoint, source])
+        command = "write-words" if has_words else "write"
+        run_measured([environment.python, _SCRIPT, command, checkpoint, source])
     run_measured([environment.python, _SCRIPT, "quantize", source, out, kind])
 
 

@@ -1,10 +1,12 @@
 """llama.cpp, run by the Python of its own environment.
 
     python quality_llama_run.py write CHECKPOINT FLOAT.gguf     every tensor in float32
+    python quality_llama_run.py write-words CHECKPOINT FLOAT.gguf    and the vocabulary
     python quality_llama_run.py quantize FLOAT.gguf OUT.gguf TYPE    TYPE is one of TYPES
     python quality_llama_run.py logits MODEL.gguf IDS.json OUT.npy    float32 [tokens, vocab]
 
-The files have no vocabulary: tokens come as ids, and a file's bytes are those of its weights.
+Files have no vocabulary but where a runtime does not open them without one: tokens come as ids, and
+a file's bytes are those of its weights.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import llama_cpp
 import ml_dtypes  # noqa: F401  lets numpy read the checkpoint's bfloat16
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFWriter, TokenType
 from safetensors import safe_open
 
 TYPES = {
@@ -45,7 +47,7 @@ _NAMES = {
 }
 
 
-def write(checkpoint: Path, out: Path) -> None:
+def write(checkpoint: Path, out: Path, *, has_words: bool = False) -> None:
     """The checkpoint as a GGUF file in float32, which holds bfloat16 and float16 exactly."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     rope = config.get("rope_parameters") or {}
@@ -58,8 +60,11 @@ def write(checkpoint: Path, out: Path) -> None:
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(config.get("rope_theta") or rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config["vocab_size"])
+    if has_words:
+        _add_words(writer, checkpoint, config["vocab_size"])
+    else:
+        writer.add_tokenizer_model("no_vocab")
     for shard in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(shard, "np") as tensors:
             for name in tensors.keys():  # noqa: SIM118  not a mapping
@@ -69,6 +74,25 @@ def write(checkpoint: Path, out: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_words(writer: GGUFWriter, checkpoint: Path, rows: int) -> None:
+    """The byte-pair vocabulary and its merges, with a filler for every row without a token."""
+    known = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+    words = {place: (word, TokenType.NORMAL) for word, place in known["model"]["vocab"].items()}
+    for added in known["added_tokens"]:
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        words[added["id"]] = (added["content"], kind)
+    filled = [words.get(row, (f"<unused {row}>", TokenType.UNUSED)) for row in range(rows)]
+    merges = known["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([word for word, _ in filled])
+    writer.add_token_types([kind for _, kind in filled])
+    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in merges])
+    end = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    writer.add_eos_token_id(end[0] if isinstance(end, list) else end)
+    writer.add_bos_token_id(end[-1] if isinstance(end, list) else end)
 
 
 def quantize(source: Path, out: Path, kind: str) -> None:
@@ -128,8 +152,8 @@ def _batch(tokens: list[int]) -> Any:
 
 if __name__ == "__main__":
     command, *words = sys.argv[1:]
-    if command == "write":
-        write(Path(words[0]), Path(words[1]))
+    if command in ("write", "write-words"):
+        write(Path(words[0]), Path(words[1]), has_words=command == "write-words")
     elif command == "quantize":
         quantize(Path(words[0]), Path(words[1]), words[2])
     else:
