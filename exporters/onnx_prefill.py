@@ -10,6 +10,9 @@ since a few columns of Qwen2's activations are far larger than the others. So a 
 two parts, ``largest / 127 * (first + second / 254)`` with codes of 8 bits in both: what the first
 leaves over is rounded once more, as finely again. Rows do not depend on each other.
 
+Where the other graph has a matrix in 4 bits, which loses far more by those, the first part alone is
+taken; but for down_proj, whose inputs have the largest outliers.
+
 Operators: MatMulIntegerToFloat of ``docs/ContribOperators.md`` of onnxruntime 1.32.
 """
 
@@ -29,6 +32,7 @@ _FLOAT, _CODE = TensorProto.FLOAT, TensorProto.UINT8
 _ZERO = 128
 # Of the two parts of a row whose largest number is 1. Half the first step is 127 of the second.
 _STEPS = {"first": 1 / LARGEST_CODE, "second": 1 / LARGEST_CODE / (2 * LARGEST_CODE)}
+_COARSE_BITS, _WITH_OUTLIERS = 4, "down_proj"
 # What a row of zeros is divided by.
 _LEAST = 1e-30
 
@@ -47,6 +51,11 @@ class _PrefillDecoder(Decoder):
 
     layout: PrefillLayout
 
+    def __init__(self, recipe: Recipe, layout: PrefillLayout) -> None:
+        super().__init__(recipe, layout)
+        # By name of a weight, the parts that its activations are taken in.
+        self._parts: dict[str, tuple[str, ...]] = {}
+
     def build(self) -> None:
         last = self.config.num_hidden_layers - 1
         normed, residual = self._begin(self._table("model.embed_tokens"))
@@ -58,23 +67,31 @@ class _PrefillDecoder(Decoder):
         """There are none."""
 
     def _place_matrix(self, unit: str, sources: list[tuple[str, int]], columns: int) -> Weight:
-        return self.layout.int8_rows(f"{unit}.int8", sources, columns)
+        weight = self.layout.int8_rows(f"{unit}.int8", sources, columns)
+        scheme = self.recipe.bit_plan.scheme_of(unit)
+        is_coarse = scheme is not None and scheme.bits <= _COARSE_BITS
+        is_simple = is_coarse and not unit.endswith(_WITH_OUTLIERS)
+        self._parts[weight.name] = tuple(_STEPS)[: 1 if is_simple else 2]
+        return weight
 
     def _linear(self, place: str, x: str, weight: Weight, leading: Shape, bias: str = "") -> str:
         graph, shape = self.graph, (*leading, weight.rows)
         largest = self._largest(place, x, weight.columns, leading)
         x = graph.op(f"{place}/Div", [x, largest], _FLOAT, (*leading, weight.columns))
         products = []
-        for part in _STEPS:
+        parts = self._parts[weight.name]
+        for part in parts:
             inputs = [self._step(part), self._zero()]
             at = f"{place}/{part}"
             columns: Shape = (*leading, weight.columns)
             codes = graph.op(f"{at}/QuantizeLinear", [x, *inputs], _CODE, columns)
             products.append(self._product(at, codes, weight, shape, part))
-            if part == "first":
+            if part != parts[-1]:
                 taken = graph.op(f"{at}/DequantizeLinear", [codes, *inputs], _FLOAT, columns)
                 x = graph.op(f"{at}/Sub", [x, taken], _FLOAT, columns)
-        total = graph.op(f"{place}/Add", products, _FLOAT, shape)
+        total = products[0]
+        if len(products) > 1:
+            total = graph.op(f"{place}/Add", products, _FLOAT, shape)
         total = graph.op(f"{place}/Mul", [total, largest], _FLOAT, shape)
         return graph.op(f"{place}/bias/Add", [total, bias], _FLOAT, shape) if bias else total
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from qwen2x.exporters.bundle import PREFILL_FILE, open_bundle
 from qwen2x.exporters.exporter import export
 from qwen2x.quantize.errors import BackendError, BundleError, SchemeError
+from qwen2x.quantize.groups import dequantize, quantize
 from qwen2x.quantize.rows import quantize_rows
+from qwen2x.quantize.scheme import Scheme
 from qwen2x.runtimes.footprint import footprint_of
 from qwen2x.runtimes.onnx_prefill import LEAST_ROWS
 from qwen2x.runtimes.runtime import Runtime, open_runtime
@@ -27,6 +31,8 @@ from tests.runtimes.conftest import MakeBundle
 PROMPT = np.random.default_rng(3).integers(0, 2016, 120).tolist()
 # Two parts of 8 bits leave some 1 / 32,000 of a row's largest number; four layers add up.
 TWO_PARTS = 2e-3
+# One part leaves 1 / 250.
+ONE_PART = 0.2
 # A graph read in other pieces sums in other orders.
 OTHER_ORDER = 1e-4
 
@@ -86,6 +92,37 @@ def test_cache_is_that_of_the_rounded_weights(runtime: Runtime, expected: dict[s
     length = len(PROMPT) - 1
     wanted = {part: rows[:, :length] for part, rows in expected.items()}
     assert largest_difference(cache_of(runtime, length), wanted) < TWO_PARTS
+
+
+def test_matrices_of_4_bits_take_activations_in_one_part_but_down_proj(
+    make_bundle: MakeBundle, random_checkpoint: Path
+) -> None:
+    folder = make_bundle(random_checkpoint, bits=4, method="rtn", prefill_int8=True)
+    nodes = onnx.load_model(folder / PREFILL_FILE, load_external_data=False).graph.node
+    places = Counter(
+        node.name.split("/")[-3] for node in nodes if node.op_type == "MatMulIntegerToFloat"
+    )
+    # Two layers, of the last of which nothing but keys and values; qkv_proj has 8 bits.
+    assert places == {"qkv_proj": 4, "o_proj": 1, "gate_up_proj": 1, "down_proj": 2}
+
+
+def test_one_part_is_near_the_rounded_weights_too(
+    make_bundle: MakeBundle, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = rounded_rows(random_checkpoint, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    table = quantize(tensors["model.embed_tokens.weight"], Scheme(bits=8, group_size=32))
+    tensors["model.embed_tokens.weight"] = dequantize(table)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    caches = []
+    for folder in (
+        make_bundle(source),
+        make_bundle(random_checkpoint, bits=4, method="rtn", prefill_int8=True),
+    ):
+        with open_runtime(folder, threads=1) as runtime:
+            runtime.prefill(PROMPT)
+            caches.append(cache_of(runtime, len(PROMPT) - 1))
+    assert TWO_PARTS < largest_difference(*caches) < ONE_PART
 
 
 def test_it_is_not_the_other_graph(
