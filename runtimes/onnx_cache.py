@@ -15,6 +15,8 @@ from qwen2x.runtimes.memory import require_memory
 from qwen2x.runtimes.onnx_memory import free_bytes
 
 STEP = 256
+# A step is this part of the buffer, where that is more.
+_STEPS = 16
 # Parts are allocated together up to so many bytes: NumPy asks Linux for pages of 2 MB only where an
 # array is large, and a step that reads the cache waits for addresses in pages of 4 KB.
 _BLOCK = 64 << 20
@@ -192,10 +194,12 @@ class SharedCache(_Layout):
 
     def _grow(self, past: int, total: int) -> None:
         self.generation += 1
-        step = max(STEP, self.capacity // 16)
+        step = max(STEP, self.capacity // _STEPS)
         wanted = max(total, self.capacity + step)
         if total <= self._expected:
-            wanted = min(wanted, self._expected)
+            # An end that is as near as a step is gone to at once.
+            is_near = self._expected <= total + total // _STEPS
+            wanted = self._expected if is_near else min(wanted, self._expected)
         capacity = self._rounded(wanted)
         self._require_memory(capacity)
         shape = self._shape(capacity)

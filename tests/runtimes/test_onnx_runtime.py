@@ -285,6 +285,22 @@ def test_bfloat16_buffers_grow_as_bits_and_are_bound_as_bfloat16() -> None:
     assert cache.capacity == 600
 
 
+def test_the_cache_goes_to_a_near_end_at_once_and_to_a_far_one_in_steps() -> None:
+    facts = {"layers": 1, "num_key_value_heads": 1, "head_dim": 4, "dtype": "float32"}
+    near, far = (onnx_cache.SharedCache(facts, "cpu", 20000) for _ in range(2))
+    near.expect(4200)
+    near.reserve(0, 4096)
+    assert near.capacity == 4352
+    far.expect(16000)
+    far.reserve(0, 4096)
+    assert far.capacity == 4096
+    far.reserve(4096, 4097)
+    assert far.capacity == 4352
+    far.reserve(4352, 8192)
+    far.reserve(8192, 8193)
+    assert far.capacity == 8192 + 512
+
+
 def test_the_cache_never_grows_beyond_the_context(
     make_bundle: MakeBundle, random_checkpoint: Path
 ) -> None:
