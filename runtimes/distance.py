@@ -6,8 +6,9 @@ Rotary attention sees differences of positions, so no long prompt has to be read
   and has the limits of texts.
 - **With a gap**: half of the tokens at the beginning, half around the position. The tokens behind
   the gap have nothing near them, which no text has, and the model amplifies whatever disturbs it:
-  with noise of 0.3 % behind every product, transformers' own logits move there by 10 to 80 times
-  the KL divergence of the other layout (0.5B checkpoint). So rounding has no limit of its own here.
+  with noise of 0.3 % behind every product, transformers' own logits move there by 2 to 8 times the
+  KL divergence of the other layout (0.5B, ``benchmarks/gap_noise.py``), single tokens by far more.
+  So rounding has no limit of its own here.
   What must hold is that the logits are nearer to the judge's than to what wrong positions give:
   the judge with another factor, or with the gap closed.
 """

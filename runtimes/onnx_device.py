@@ -112,7 +112,6 @@ class DeviceRuntime(OnnxRuntime):
         self._step.close()
 
     def _open(self, start: Start) -> Any:
-        self.has_products = False
         graph = graph_with_candidates(self.folder / GRAPH_FILE, self.vocab_size, self._count)
         return open_session(self.bundle, replace(start, is_captured=self._is_captured), graph)
 

@@ -72,8 +72,8 @@ class OnnxRuntime(CacheBookkeeping):
         self.cache_dtype = str(bundle.cache["dtype"])
         record_folder = Path(self._record.name) if self._record else None
         self.products_from = _LEAST_POSITIONS
-        # The choice costs 20 us for each layer of a step.
-        self.has_products = self.device == "cpu" and (room is None or room >= _LEAST_POSITIONS)
+        self.has_products = False
+        self._room = room
         self._session: Any = self._open(
             Start(device=self.device, threads=threads, record=record_folder)
         )
@@ -186,7 +186,10 @@ class OnnxRuntime(CacheBookkeeping):
         self._cache.reserve(self.cache_length, length)
 
     def _open(self, start: Start) -> Any:
-        graph = graph_with_products(self.folder / GRAPH_FILE) if self.has_products else None
+        # The choice costs 20 us for each layer of a step.
+        is_long = self._room is None or self._room >= self.products_from
+        wants_choice = self.device == "cpu" and is_long
+        graph = graph_with_products(self.folder / GRAPH_FILE) if wants_choice else None
         self.has_products = graph is not None
         return open_session(self.bundle, start, graph)
 
