@@ -5,7 +5,8 @@
 Products are one operator alone, in the shapes of a 0.5B model's gate and up projection: float32
 MatMul, MatMulNBits with 4 and 8 bits and int8 activations, and DynamicQuantizeMatMul with int8
 weights, which is the fastest integer product that ONNX Runtime has on a CPU. A decode step cannot
-be faster than reading the weights, a prefill not faster than its products.
+be faster than reading the weights, a prefill not faster than its products. Products of one row go
+through 24 such matrices, in groups of each size, with zero points and without.
 """
 
 from __future__ import annotations
@@ -20,10 +21,17 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.measure import write_result
+from qwen2x.runtimes.huge_pages import collapse
 from qwen2x.runtimes.profile import measure_read_bandwidth
 
 ROWS, COLUMNS, OUT, GROUP = 512, 896, 9728, 32
 MICROSOFT = "com.microsoft"
+# Of a decode step: matrices, and bits, group size and zero points of each kind.
+LAYERS = 24
+KINDS = (
+    (4, 32, False), (4, 64, False), (4, 128, False), (4, 128, True), (8, 32, False),
+    (8, 128, False),
+)  # fmt: skip
 Graph = tuple[Any, list[Any]]
 
 
@@ -49,22 +57,42 @@ def main() -> None:
             },
             "rows": ROWS,
             "operations_per_s": {
-                name: speed(make(), args.threads, args.repeat) for name, make in products.items()
+                name: 2 * ROWS * COLUMNS * OUT / seconds([make()], ROWS, args.threads, args.repeat)
+                for name, make in products.items()
+            },
+            "one_row": {
+                f"{bits} bits, groups of {size}{', zero points' * has_zeros}": one_row(
+                    bits, size, has_zeros, args.threads, args.repeat
+                )
+                for bits, size, has_zeros in KINDS
             },
         },
     )
 
 
-def speed(graph: Graph, threads: int, repeat: int) -> float:
-    """Multiplications and additions per second; the best of the repeats."""
-    node, weights = graph
+def one_row(
+    bits: int, group_size: int, has_zeros: bool, threads: int, repeat: int
+) -> dict[str, float]:
+    """Milliseconds of one row through all matrices, and bytes read per second."""
+    graphs = [packed_product(bits, group_size, has_zeros, f"{n}.", seed=n) for n in range(LAYERS)]
+    size = sum(len(weight.raw_data) for _, weights in graphs for weight in weights)
+    took = seconds(graphs, 1, threads, repeat)
+    return {"ms": 1e3 * took, "bytes_per_s": size / took}
+
+
+def seconds(graphs: list[Graph], rows: int, threads: int, repeat: int) -> float:
+    """Of one run through all products; the best of the repeats."""
+    outputs = [output for node, _ in graphs for output in node.output]
     model = helper.make_model(
         helper.make_graph(
-            [node],
-            "product",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [ROWS, COLUMNS])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [ROWS, OUT])],
-            weights,
+            [node for node, _ in graphs],
+            "products",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, COLUMNS])],
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, OUT])
+                for name in outputs
+            ],
+            [weight for _, weights in graphs for weight in weights],
         ),
         opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)],
         ir_version=10,
@@ -74,13 +102,15 @@ def speed(graph: Graph, threads: int, repeat: int) -> float:
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    x = {"x": np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32)}
+    x = {"x": np.random.default_rng(0).standard_normal((rows, COLUMNS), np.float32)}
+    session.run(None, x)
+    collapse()
     best = float("inf")
     for _ in range(repeat):
         started = time.perf_counter()
         session.run(None, x)
         best = min(best, time.perf_counter() - started)
-    return 2 * ROWS * COLUMNS * OUT / best
+    return best
 
 
 def float_product() -> Graph:
@@ -89,17 +119,30 @@ def float_product() -> Graph:
     return helper.make_node("MatMul", ["x", "w"], ["y"]), [numpy_helper.from_array(weights, "w")]
 
 
-def packed_product(bits: int) -> Graph:
-    """Codes in groups of 32, activations in int8 (accuracy_level 4)."""
-    random = np.random.default_rng(bits)
-    groups = COLUMNS // GROUP
-    codes = random.integers(0, 256, (OUT, groups, GROUP * bits // 8), np.uint8)
-    scales = random.random((OUT, groups), np.float32)
+def packed_product(
+    bits: int,
+    group_size: int = GROUP,
+    has_zeros: bool = False,
+    prefix: str = "",
+    *,
+    seed: int = 0,
+) -> Graph:
+    """Codes in groups, activations in int8 (accuracy_level 4)."""
+    random = np.random.default_rng(seed)
+    groups = COLUMNS // group_size
+    constants = {
+        "w": random.integers(0, 256, (OUT, groups, group_size * bits // 8), np.uint8),
+        "s": random.random((OUT, groups), np.float32),
+    }
+    if has_zeros:
+        constants["z"] = random.integers(0, 256, (OUT, -(-groups * bits // 8)), np.uint8)
+    names = [f"{prefix}{name}" for name in constants]
     node = helper.make_node(
-        "MatMulNBits", ["x", "w", "s"], ["y"], domain=MICROSOFT, K=COLUMNS, N=OUT, bits=bits,
-        block_size=GROUP, accuracy_level=4,
+        "MatMulNBits", ["x", *names], [f"{prefix}y"], domain=MICROSOFT, K=COLUMNS, N=OUT,
+        bits=bits, block_size=group_size, accuracy_level=4,
     )  # fmt: skip
-    return node, [numpy_helper.from_array(codes, "w"), numpy_helper.from_array(scales, "s")]
+    tensors = zip(constants.values(), names, strict=True)
+    return node, [numpy_helper.from_array(values, name) for values, name in tensors]
 
 
 def dynamic_product() -> Graph:

@@ -5,7 +5,7 @@
 Without folders, the small checkpoint that ships is exported as float32, as bfloat16 and in 4 bits:
 on ``mlx[cpu]``, whose quantized product is scalar, larger ones say nothing. Tokens are greedy, made
 by ``sample_ahead`` here and by ``generate_step`` there; medians of the repeats. CPU seconds are
-given beside the wall's, since on a busy machine they say more.
+given beside the wall's, since on a busy machine they say more. A GPU's result has its own file.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
                 export(source, "mlx", out=folders[name], **options)
         results = {name: measure(folder, *sizes) for name, folder in folders.items()}
     write_result(
-        "mlx_speed",
+        "mlx_speed" if mx.default_device().type == mx.cpu else "mlx_speed_gpu",
         {
             "device": mx.default_device().type.name,
             "prompt_tokens": args.prompt_tokens,

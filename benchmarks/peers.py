@@ -53,6 +53,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "qwen2x 8 bits": ("--bits", "8", "--prefill-int8"),
 }
 LLAMA = ("Q4_0", "Q4_K_M", "Q8_0")
+GENAI, _AS_IT_COMES = "onnxruntime-genai int4", ", as it comes"
 SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
 KEPT = ROOT / ".cache" / "peers"
 
@@ -195,13 +196,20 @@ def llama_sides(setting: Setting, folder: Path) -> list[Side]:
 
 
 def genai_sides(setting: Setting, folder: Path) -> list[Side]:
-    """onnxruntime-genai on its own 4-bit export, with as many threads as ours."""
+    """onnxruntime-genai on its own 4-bit export: with our number of threads, and as it comes.
+
+    Left to itself it may choose fewer threads (one, on two virtual cores).
+    """
     environment = genai_environment()
     out = folder / "genai"
     build_with_genai(environment, setting.checkpoint, out)
-    script = Path(__file__).with_name("genai_speed.py")
-    command = [environment.python, script, out, *setting.words]
-    return [Side(name="onnxruntime-genai int4", command=command, bytes=weight_bytes(out))]
+    command = [environment.python, Path(__file__).with_name("genai_speed.py"), out]
+    *words, threads = setting.words
+    ways = {GENAI: threads, f"{GENAI}{_AS_IT_COMES}": "null"}
+    return [
+        Side(name=name, command=[*command, *words, count], bytes=weight_bytes(out))
+        for name, count in ways.items()
+    ]
 
 
 def openvino_sides(setting: Setting, folder: Path) -> list[Side]:
@@ -234,7 +242,12 @@ def recorded_divergence(names: Sequence[str]) -> dict[str, float]:
     if not path.is_file():
         return {}
     variants = json.loads(path.read_text(encoding="utf-8"))["variants"]
-    return {name: variants[name]["prose"]["kl_mean"] for name in names if name in variants}
+    measured = {name: name.removesuffix(_AS_IT_COMES) for name in names}
+    return {
+        name: variants[same]["prose"]["kl_mean"]
+        for name, same in measured.items()
+        if same in variants
+    }
 
 
 def _told(side: Side, speeds: dict[str, Any]) -> dict[str, Any]:

@@ -59,12 +59,12 @@ def read_factors(context: click.Context, option: object, text: str | None) -> An
 )  # fmt: skip
 @click.option(
     "--asymmetric", is_flag=True,
-    help="4-bit groups may have zero points of their own: closer for their size, slower on CPUs.",
+    help="4-bit groups may have zero points of their own: closer for their size, 1 or 2 % slower.",
 )  # fmt: skip
 @click.option(
     "--prefer", type=click.Choice(["quality", "speed"]), default="quality", show_default=True,
-    help="speed: fewer bytes in what multiplies fastest (groups of 64 and 128, no 6 bits, no zero "
-    "points), for 4 bits, 8 bits and budgets.",
+    help="speed: fewer bytes in what multiplies fastest (groups of 128, no 6 bits), for 4 bits, "
+    "8 bits and budgets.",
 )  # fmt: skip
 @click.option(
     "--calibration", type=click.Path(),

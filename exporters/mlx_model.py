@@ -17,17 +17,10 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from qwen2x.exporters.config import Qwen2Config
+from qwen2x.exporters.mlx_attention import attention
 from qwen2x.quantize.errors import BundleError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-# Head sizes for which MLX has fused attention for one query and for many, on Metal and on CUDA.
-FUSED_HEAD_SIZES = (64, 96, 128)
-# On Metal, up to 8 queries take the vector kernel, which holds 32 rows of queries and groups.
-_VECTOR_QUERIES, _VECTOR_ROWS = 8, 32
-# On CUDA, fewer than 4 without a mask take one; more of them need cuDNN's, from Ampere on.
-_CUDA_VECTOR_QUERIES, _AMPERE = 4, 8
-# Queries that unfused attention takes at once.
-_BLOCK = 128
 _NAMED = 3
 
 
@@ -102,62 +95,6 @@ class FloatCache:
         return attention(queries, keys, values, self._place.mask(queries.shape[2]))
 
 
-def attention(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
-) -> mx.array:
-    """Scaled dot product attention [B, H, S, D] with scores in float32.
-
-    MLX's fused kernels (on a GPU) sum in float32; what it does without one computes scores in the
-    type of its inputs, which is wrong on Qwen2 in 16 bits (transformers #33317).
-    """
-    if _is_fused(queries, keys, mask):
-        return _scaled_dot_product(queries, keys, values, mask)
-    dtype, count = queries.dtype, queries.shape[2]
-    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    if count == 1:
-        # The heads of a group are queries of one head, which spares a product for each of them.
-        grouped = queries.reshape(*keys.shape[:2], -1, keys.shape[3])
-        mixed = _scaled_dot_product(grouped, keys, values, mask)
-        return mixed.reshape(queries.shape).astype(dtype)
-    if mask != "causal" or count <= _BLOCK:
-        return _scaled_dot_product(queries, keys, values, mask).astype(dtype)
-    # Block by block, so that what no query of a block may see is not computed.
-    past, blocks = keys.shape[2] - count, []
-    for start in range(0, count, _BLOCK):
-        stop = min(count, start + _BLOCK)
-        block, seen = queries[:, :, start:stop], slice(0, past + stop)
-        blocks.append(_scaled_dot_product(block, keys[:, :, seen], values[:, :, seen], "causal"))
-    return mx.concatenate(blocks, axis=2).astype(dtype)
-
-
-def _scaled_dot_product(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
-) -> mx.array:
-    scale = queries.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-
-
-def _is_fused(queries: mx.array, keys: mx.array, mask: mx.array | str | None) -> bool:
-    """Whether MLX has one kernel for it: ``has_fused_kernel`` in MLX 0.32.4.
-
-    That is in mlx/backend/metal and mlx/backend/cuda/scaled_dot_product_attention.cpp.
-    """
-    count, groups = queries.shape[2], queries.shape[1] // keys.shape[1]
-    if mx.default_device().type == mx.cpu or queries.shape[-1] not in FUSED_HEAD_SIZES:
-        return False
-    if mx.metal.is_available():
-        return count > _VECTOR_QUERIES or count * groups <= _VECTOR_ROWS
-    is_vector = count < _CUDA_VECTOR_QUERIES and not isinstance(mask, mx.array)
-    return is_vector or (count > 1 and _has_cudnn_attention())
-
-
-@cache
-def _has_cudnn_attention() -> bool:
-    """From Ampere on."""
-    major = mx.device_info(mx.gpu).get("compute_capability_major", 0)
-    return int(major) >= _AMPERE
-
-
 class Rotary(NamedTuple):
     """Factors of ``rotate``: float32 [S, 1, 2, D/2] each, cosines twice, and sines with signs."""
 
@@ -169,7 +106,8 @@ def rotate(x: mx.array, rotary: Rotary) -> mx.array:
     """Rotates pairs (i, i + D/2) of [B, S, heads, D], in float32; the type stays."""
     halves = x.reshape(*x.shape[:-1], 2, -1)
     # A view from back to front: the other half beside each half, without a copy.
-    return _fused(_turn)(halves, halves[..., ::-1, :], *rotary).reshape(x.shape)
+    turned: mx.array = _fused(_turn)(halves, halves[..., ::-1, :], *rotary)
+    return turned.reshape(x.shape)
 
 
 def _turn(halves: mx.array, others: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
@@ -177,17 +115,24 @@ def _turn(halves: mx.array, others: mx.array, cosines: mx.array, sines: mx.array
     return turned.astype(halves.dtype)
 
 
+def _rotary(
+    places: mx.array, frequencies: mx.array, magnitude: mx.array, signs: mx.array
+) -> tuple[mx.array, mx.array]:
+    angles = places.astype(mx.float32) * frequencies
+    return mx.cos(angles) * magnitude, mx.sin(angles) * magnitude * signs
+
+
 def _gate(gate: mx.array, up: mx.array) -> mx.array:
     return gate * mx.sigmoid(gate) * up
 
 
 @cache
-def _compiled(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    compiled: Callable[..., mx.array] = mx.compile(function, shapeless=True)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = mx.compile(function, shapeless=True)
     return compiled
 
 
-def _fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """One kernel for an elementwise function, but on the CPU, where building it takes long.
 
     A step on a GPU is bound by the number of its kernels.
@@ -196,7 +141,10 @@ def _fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 class Attention(nn.Module):  # type: ignore[misc]
-    """Grouped-query attention; q, k and v have biases."""
+    """Grouped-query attention; q, k and v have biases.
+
+    ``join_projections`` may have made one product, ``qkv_proj``, of these three.
+    """
 
     def __init__(self, config: Qwen2Config, layer: int) -> None:
         super().__init__()
@@ -211,20 +159,31 @@ class Attention(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: mx.array, rotary: Rotary, cache: Cache, rows: slice) -> mx.array:
         """Gives [B, R, hidden] for x [B, S, hidden]: what the last R rows, ``rows``, gather."""
+        queries, keys, values = self._projected(x, rotary, rows)
+        by_head = (part.transpose(0, 2, 1, 3) for part in (queries, keys, values))
+        mixed = cache.attend(self.layer, *by_head).transpose(0, 2, 1, 3)
+        gathered: mx.array = self.o_proj(mixed.reshape(*mixed.shape[:2], -1))
+        return gathered
+
+    def _projected(
+        self, x: mx.array, rotary: Rotary, rows: slice
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries [B, R, H, D], keys and values [B, S, K, D]; the first two are rotated."""
         batch, count, _ = x.shape
+        if "qkv_proj" in self:
+            heads = self.qkv_proj(x).reshape(batch, count, -1, self.head_dim)
+            turned = rotate(heads[:, :, : -self.key_value_heads], rotary)
+            queries, keys = turned[:, rows, : self.heads], turned[:, :, self.heads :]
+            return queries, keys, heads[:, :, -self.key_value_heads :]
         asking = self.q_proj(x[:, rows]).reshape(batch, -1, self.heads, self.head_dim)
         queries = rotate(asking, Rotary(*(part[rows] for part in rotary)))
         shape = (batch, count, self.key_value_heads, self.head_dim)
         keys = rotate(self.k_proj(x).reshape(shape), rotary)
-        values = self.v_proj(x).reshape(shape)
-        by_head = (part.transpose(0, 2, 1, 3) for part in (queries, keys, values))
-        mixed = cache.attend(self.layer, *by_head).transpose(0, 2, 1, 3)
-        gathered: mx.array = self.o_proj(mixed.reshape(batch, mixed.shape[1], -1))
-        return gathered
+        return queries, keys, self.v_proj(x).reshape(shape)
 
 
 class Mlp(nn.Module):  # type: ignore[misc]
-    """The gated feed-forward block."""
+    """The gated feed-forward block; gate and up may be one product, ``gate_up_proj``."""
 
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
@@ -235,7 +194,11 @@ class Mlp(nn.Module):  # type: ignore[misc]
 
     def __call__(self, x: mx.array) -> mx.array:
         """Gives [B, S, hidden] for x [B, S, hidden]."""
-        mixed: mx.array = self.down_proj(_fused(_gate)(self.gate_proj(x), self.up_proj(x)))
+        if "gate_up_proj" in self:
+            gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        mixed: mx.array = self.down_proj(_fused(_gate)(gate, up))
         return mixed
 
 
@@ -296,9 +259,7 @@ class Qwen2(nn.Module):  # type: ignore[misc]
                 behind the last one, the rows that are wanted.
         """
         x = self.model.embed_tokens(token_ids)
-        cosines, sines = self.angles(positions)
-        pairs = [cosines, cosines], [-sines, sines]
-        rotary = Rotary(*(mx.stack(pair, axis=1)[:, None] for pair in pairs))
+        rotary = Rotary(*_fused(_rotary)(positions[:, None, None, None], *self._rope))
         states = [x]
         *layers, last = self.model.layers
         for layer in layers:
@@ -315,15 +276,16 @@ class Qwen2(nn.Module):  # type: ignore[misc]
 
     def use_rope(self, frequencies: mx.array, attention_factor: float | mx.array) -> None:
         """Takes a YaRN factor's frequencies, float32 [D/2], and magnitude, from here on."""
-        self._frequencies, self._attention_factor = frequencies, attention_factor
+        both, signs = mx.stack([frequencies, frequencies]), mx.array([[-1.0], [1.0]])
+        self._rope = both, mx.array(attention_factor), signs
 
     def angles(self, positions: mx.array) -> tuple[mx.array, mx.array]:
         """Cosines and sines of int32 [S] positions, float32 [S, D/2], times the YaRN magnitude.
 
         The product of position and frequency is rounded to float32, as transformers does.
         """
-        angles = positions.astype(mx.float32)[:, None] * self._frequencies
-        return mx.cos(angles) * self._attention_factor, mx.sin(angles) * self._attention_factor
+        cosines, sines = _rotary(positions[:, None, None], *self._rope)
+        return cosines[:, 1], sines[:, 1]
 
 
 def build_model(config: Qwen2Config, quantization: Mapping[str, Any] | None, dtype: str) -> Qwen2:

@@ -44,8 +44,8 @@ class Options:
             spends.
         max_bytes: the same, for weights and what describes them to their runtime.
         asymmetric: a plan may also choose 4-bit groups with zero points of their own.
-        prefer: ``quality``, or ``speed``: fewer bytes in what multiplies fastest, groups of 64 and
-            128 of 4 or 8 bits without zero points.
+        prefer: ``quality``, or ``speed``: fewer bytes in what multiplies fastest, 4 or 8 bits in
+            groups of 128.
         method: ``auto``, ``rtn`` or ``gptq``.
         calibration: the text file to measure with and to fit to; None is the mix that ships with
             qwen2x.
@@ -139,8 +139,6 @@ class Options:
             raise SchemeError(f"prefer must be {' or '.join(PREFERENCES)}, got {self.prefer!r}")
         if self.prefer == "quality":
             return
-        if self.asymmetric:
-            raise SchemeError("--prefer speed has no zero points; leave out --asymmetric")
         if not self.is_planned and (self.bits != 8 or self.group_size is not None):
             raise SchemeError(
                 "--prefer speed is for --bits 4 and --bits 8 without --group-size (and with 4 bits "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from qwen2x.exporters.bundle import Bundle
-from qwen2x.exporters.mlx_model import FUSED_HEAD_SIZES
+from qwen2x.exporters.mlx_attention import FUSED_HEAD_SIZES
 from qwen2x.runtimes.memory import free_host_bytes
 from qwen2x.runtimes.memory_needs import MemoryNeeds, activation_bytes
 from qwen2x.runtimes.mlx_cache import float_layout

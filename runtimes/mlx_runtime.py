@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen2x.exporters.bundle import Bundle
+from qwen2x.exporters.mlx_joined import join_projections
 from qwen2x.exporters.mlx_model import Slices, Whole, load_model
 from qwen2x.quantize.errors import BackendError, RequestError
 from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping, integers
@@ -78,6 +79,7 @@ class MlxRuntime(CacheBookkeeping):
             if kv_bits is not None:
                 biases, angles = take_key_biases(self._model), self._model.angles
                 self._make_buffers = partial(Int8Buffers, layout, biases, angles)
+            join_projections(self._model)
         self._apply_rope()
         self._buffers: Buffers = self._make_buffers()
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen2x.runtimes.onnx_cache import BindsCache
+from qwen2x.runtimes.onnx_session import recorded_runs
+from qwen2x.runtimes.profile import GraphRun
 
 # Shorter pieces gain nothing.
 LEAST_ROWS = 32
@@ -35,6 +37,10 @@ class PromptGraph:
             self._binding.bind_ortvalue_input(name, value)
         cache.bind(self._binding, past, total)
         self._session.run_with_iobinding(self._binding)
+
+    def recorded_runs(self) -> list[GraphRun]:
+        """See ``RecordsRuns``; for a session that was opened with a record."""
+        return [] if self._session is None else recorded_runs(self._session)
 
     def forget(self) -> None:
         """Lets go of the cache's memory, which a binding would hold."""

@@ -30,8 +30,14 @@ from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
 from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, PromptGraph
 from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
-from qwen2x.runtimes.onnx_session import GRAPH_FILE, not_runnable, open_session, start_session
-from qwen2x.runtimes.profile import GraphRun, read_runs
+from qwen2x.runtimes.onnx_session import (
+    GRAPH_FILE,
+    not_runnable,
+    open_session,
+    recorded_runs,
+    start_session,
+)
+from qwen2x.runtimes.profile import GraphRun
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, DEFAULT_PREFILL_MEMORY, Logits, TokenIds
 
 _MIRRORED_ROWS = 16
@@ -84,8 +90,9 @@ class OnnxRuntime(CacheBookkeeping):
         self._prompts: PromptGraph | None = None
         if self.device == "cpu":
             use_huge_pages(self.weight_bytes)
-            if bundle.has_prefill and not record:
-                self._prompts = PromptGraph(lambda: self._open_prompts(threads))
+            if bundle.has_prefill:
+                start = Start(device="cpu", threads=threads, record=record_folder)
+                self._prompts = PromptGraph(lambda: self._open_prompts(start))
 
     def logits(
         self,
@@ -147,10 +154,12 @@ class OnnxRuntime(CacheBookkeeping):
         """See ``RecordsRuns``; none, if the runtime was not opened to record them."""
         if self._record is None:
             return []
-        runs = read_runs(Path(self._session.end_profiling()))
+        runs = recorded_runs(self._session)
+        if self._prompts is not None:
+            runs += self._prompts.recorded_runs()
         self._record.cleanup()
         self._record = None
-        return runs
+        return sorted(runs, key=lambda run: run.started)
 
     def close(self) -> None:
         """Gives session and cache back."""
@@ -193,8 +202,7 @@ class OnnxRuntime(CacheBookkeeping):
         self.has_products = graph is not None
         return open_session(self.bundle, start, graph)
 
-    def _open_prompts(self, threads: int | None) -> Any:
-        start = Start(device=self.device, threads=threads)
+    def _open_prompts(self, start: Start) -> Any:
         session = start_session(self.bundle, start, self.folder / PREFILL_FILE)
         use_huge_pages(self.bundle.prefill_bytes)
         return session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qwen2x.exporters.bundle import Bundle
 from qwen2x.quantize.errors import BackendError, BundleError
 from qwen2x.runtimes.device_memory import is_out_of_memory, out_of_memory
 from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
+from qwen2x.runtimes.profile import GraphRun, read_runs
 
 GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -42,6 +44,12 @@ def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
         )
 
 
+def recorded_runs(session: Any) -> list[GraphRun]:
+    """What a session that was started with a record has done; its record ends."""
+    began = session.get_profiling_start_time_ns() * 1e-9
+    return read_runs(Path(session.end_profiling()), began)
+
+
 def open_session(bundle: Bundle, start: Start, graph: bytes | None = None) -> Any:
     """A session of the bundle's graph, or of one in memory that uses the bundle's weights."""
     session = start_session(bundle, start, graph or bundle.folder / GRAPH_FILE)
@@ -57,7 +65,9 @@ def start_session(bundle: Bundle, start: Start, model: bytes | Path) -> Any:
     options.intra_op_num_threads = start.threads or 0
     if start.record is not None:
         options.enable_profiling = True
-        options.profile_file_prefix = str(start.record / "runs")
+        # A folder for each session: the profiler's names are no finer than a second.
+        folder = tempfile.mkdtemp(dir=start.record)
+        options.profile_file_prefix = str(Path(folder) / "runs")
     for key, value in provider.session.items():
         options.add_session_config_entry(key, value)
     graph_options = provider.graph_options if start.is_captured else {}

@@ -25,14 +25,20 @@ from qwen2x.runtimes.sampler import Sampler, Sampling
 _BLOCK = 128 * 2**20
 _MICROSECOND = 1e-6
 _NODE_SUFFIX = "_kernel_time"
+# Of a product whose activations go in two parts of 8 bits.
+_PARTS = ("first", "second")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRun:
-    """One run of a graph: its seconds, and those of its nodes by path and operator."""
+    """One run of a graph: its seconds, and those of its nodes by path and operator.
+
+    ``started`` is in seconds, and tells which of several graphs ran first.
+    """
 
     seconds: float
     nodes: tuple[tuple[str, str, float], ...]
+    started: float = 0.0
 
 
 @runtime_checkable
@@ -121,7 +127,8 @@ def profile(
     runs = runtime.recorded_runs() if isinstance(runtime, RecordsRuns) else []
     steps = len(times) - 1
     decoding, before = runs[len(runs) - steps :], runs[: len(runs) - steps]
-    # The runs of the last prefill are behind those of the first prefill and its steps.
+    # The runs of the last prefill are behind those of the first prefill and its steps. With a graph
+    # for prompts, a piece of the prompt is a run of either.
     chunks = (len(before) - min(2, new_tokens) + 1) // 2
     middle = sorted(range(steps), key=lambda step: times[1 + step][0])[steps // 2]
     return Profile(
@@ -167,12 +174,12 @@ def _stage(seconds: float, running: float, sampling: float, runs: list[GraphRun]
 
 def _label(path: str, operator: str) -> str:
     """``MatMulNBits gate_up_proj`` for such a node of any layer."""
-    places = [part for part in path.split("/")[:-1] if part]
+    places = [part for part in path.split("/")[:-1] if part and part not in _PARTS]
     return f"{operator} {places[-1]}" if places else operator
 
 
-def read_runs(path: Path) -> list[GraphRun]:
-    """The runs in a file that ONNX Runtime's profiler wrote.
+def read_runs(path: Path, began: float = 0.0) -> list[GraphRun]:
+    """The runs in a file that ONNX Runtime's profiler wrote, whose clock ``began`` at so many s.
 
     Events: ``model_run`` is a run, and a node's kernel time lies within its run (docs/
     performance/tune-performance/profiling-tools of onnxruntime.ai). Times are microseconds.
@@ -195,7 +202,11 @@ def read_runs(path: Path) -> list[GraphRun]:
             node = (name.removesuffix(_NODE_SUFFIX), operator, event["dur"] * _MICROSECOND)
             nodes[run].append(node)
     return [
-        GraphRun(seconds=event["dur"] * _MICROSECOND, nodes=tuple(found))
+        GraphRun(
+            seconds=event["dur"] * _MICROSECOND,
+            nodes=tuple(found),
+            started=began + event["ts"] * _MICROSECOND,
+        )
         for event, found in zip(runs, nodes, strict=True)
     ]
 

@@ -113,7 +113,7 @@ def test_for_speed_nothing_slow_is_chosen(budget: dict[str, Any]) -> None:
         (4, True),
         (8, True),
     }
-    assert {scheme.group_size for scheme in chosen if scheme} == {64, 128}
+    assert {scheme.group_size for scheme in chosen if scheme} == {128}
     if "bits" in budget:
         assert 4.5 < bits_per_weight(plan.weights) <= 4.65
 
@@ -124,6 +124,13 @@ def test_for_speed_narrow_columns_have_the_groups_that_fit() -> None:
     head = plan.bit_plan.scheme_of("model.embed_tokens")
     assert head is not None
     assert (head.group_size, head.is_symmetric) == (32, True)
+
+
+def test_for_speed_zero_points_may_be_asked_for() -> None:
+    options = Options(max_bytes=300_000_000, prefer="speed", asymmetric=True)
+    chosen = set(plan_export(config_of(HALF_B), options).bit_plan.schemes.values())
+    assert {(4, False), (8, True)} <= {(s.bits, s.is_symmetric) for s in chosen if s}
+    assert {scheme.group_size for scheme in chosen if scheme} == {128}
 
 
 def test_eight_bits_for_speed_have_large_groups() -> None:
@@ -215,7 +222,7 @@ def test_the_least_that_can_be_met_can_be_met() -> None:
         ({"group_size": 64, "bits_per_weight": 5.0}, "leave out --group-size 64"),
         ({"bits": 4, "group_size": 32, "asymmetric": True}, "--asymmetric is for"),
         ({"bits": 8, "asymmetric": True}, "--asymmetric is for"),
-        ({"bits": 4, "asymmetric": True, "prefer": "speed"}, "leave out --asymmetric"),
+        ({"bits": 8, "asymmetric": True, "prefer": "speed"}, "--asymmetric is for --bits 4"),
         ({"bits": 4, "group_size": 32, "prefer": "speed"}, "--prefer speed is for"),
         ({"bits": 4, "method": "rtn", "prefer": "speed"}, "--prefer speed is for"),
         ({"prefer": "speed"}, "--prefer speed is for"),

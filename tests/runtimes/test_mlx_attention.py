@@ -37,7 +37,8 @@ def random(heads: int, count: int, size: int, dtype: str, seed: int) -> Any:
 @pytest.mark.parametrize("past", [0, 70])
 @pytest.mark.parametrize("count", [1, 2, 127, 128, 129, 300])
 def test_blocks_and_single_rows_give_what_the_whole_gives(count: int, past: int) -> None:
-    from qwen2x.exporters.mlx_model import Slices, attention
+    from qwen2x.exporters.mlx_attention import attention
+    from qwen2x.exporters.mlx_model import Slices
 
     queries = random(6, count, 32, "float32", 0)
     keys, values = (random(2, past + count, 32, "float32", seed) for seed in (1, 2))
@@ -49,7 +50,7 @@ def test_blocks_and_single_rows_give_what_the_whole_gives(count: int, past: int)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("count", [1, 140])
 def test_scores_beyond_the_type_are_computed_in_float32(count: int, dtype: str) -> None:
-    from qwen2x.exporters.mlx_model import attention
+    from qwen2x.exporters.mlx_attention import attention
 
     # Scores in the thousands, as Qwen2's biases make them: in 16 bits they differ by whole steps.
     queries, keys = (60 * random(2, n, 64, dtype, seed) for n, seed in ((count, 3), (140, 4)))
@@ -86,12 +87,12 @@ def test_fused_kernels_are_trusted_where_there_are_some(
     is_masked: bool,
     is_fused: bool,
 ) -> None:
-    from qwen2x.exporters import mlx_model
+    from qwen2x.exporters import mlx_attention
 
     device = mx.cpu if gpu == "none" else mx.gpu
     queries, keys = (mx.zeros((1, heads, count, head_dim)) for heads in (7, 1))
     mask = mx.ones((count, count), mx.bool_) if is_masked else None
     monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=device))
     monkeypatch.setattr(mx.metal, "is_available", lambda: gpu == "metal")
-    monkeypatch.setattr(mlx_model, "_has_cudnn_attention", lambda: gpu == "ampere")
-    assert mlx_model._is_fused(queries, keys, mask) == is_fused
+    monkeypatch.setattr(mlx_attention, "_has_cudnn_attention", lambda: gpu == "ampere")
+    assert mlx_attention._is_fused(queries, keys, mask) == is_fused

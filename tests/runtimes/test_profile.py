@@ -65,6 +65,26 @@ def test_every_layer_s_operators_are_counted_and_nothing_twice(make_bundle: Make
     )
 
 
+def test_prompts_of_a_second_graph_are_told_by_that_graph(
+    make_bundle: MakeBundle, random_checkpoint: Path
+) -> None:
+    bundle = make_bundle(random_checkpoint, bits=8, prefill_int8=True)
+    layers = json.loads((bundle / "config.json").read_text())["num_hidden_layers"]
+    with open_runtime(bundle, threads=1, record=True) as runtime:
+        found = profile(runtime, PROMPT, len(PROMPT), 5, threads=1)
+    calls = {
+        name: {operator.name: operator.calls for operator in stage.operators}
+        for name, stage in found.stages.items()
+    }
+    # All of the prompt but its last token, which is a run of the other graph. Activations go in two
+    # parts, and of the last layer only keys and values are wanted.
+    assert calls["prefill"]["MatMulIntegerToFloat o_proj"] == 2 * (layers - 1)
+    assert calls["prefill"]["GroupQueryAttention self_attn"] == 2 * layers
+    assert calls["prefill"]["MatMulNBits lm_head"] == 1
+    assert calls["decode"]["GroupQueryAttention self_attn"] == layers
+    assert not any(name.startswith("MatMulIntegerToFloat") for name in calls["decode"])
+
+
 def test_what_keeps_no_record_has_the_runtime_as_a_whole(example_torch: Runtime) -> None:
     found = profile(example_torch, PROMPT, 16, 3, threads=1)
     assert found.decode.operators == ()
