@@ -32,6 +32,8 @@ class Extra:
 
 
 _ONNX, _MLX, _TORCH = (f"qwen2x.runtimes.{name}_runtime" for name in ("onnx", "mlx", "torch"))
+# Which module knows a backend's devices.
+_DEVICES = {_ONNX: "qwen2x.runtimes.onnx_provider", _MLX: _MLX}
 _EXTRAS = {
     "cpu": Extra(backend=_ONNX, libraries=("onnxruntime",), purpose="runs ONNX bundles on the CPU"),
     "cuda": Extra(
@@ -81,8 +83,8 @@ def examine() -> dict[str, Any]:
     """The object that ``doctor --json`` prints."""
     failures = {module: _failure_of(module) for module in (_ONNX, _MLX, _TORCH)}
     devices = {
-        module: importlib.import_module(module).available_devices()
-        for module in (_ONNX, _MLX)
+        module: importlib.import_module(place).available_devices()
+        for module, place in _DEVICES.items()
         if failures[module] is None
     }
     backends = {"onnx": _ONNX, "mlx": _MLX, "torch": _TORCH}

@@ -320,7 +320,7 @@ def _usable_devices() -> list[str]:
     """What onnxruntime offers here; nothing without it, which opening the bundle will say."""
     if importlib.util.find_spec("onnxruntime") is None:
         return []
-    from qwen2x.runtimes.onnx_runtime import available_devices
+    from qwen2x.runtimes.onnx_provider import available_devices
 
     return available_devices()
 

@@ -21,7 +21,7 @@ MakePlan = Callable[[BitPlan], Plan]
 # still more where its blocks of 256 do not fit.
 _PRESET_LAYERS, _PRESET_HEAD, _PRESET_NARROW_HEAD = 4.5, 6.5, 8.3
 # The same with --prefer speed, of all weights.
-_FAST_PRESET = 4.6
+_FAST_PRESET = 5.0
 # What compensated rounding leaves of the loss of plain rounding to 4 bits in groups of 32, on the
 # 0.5B checkpoint and text that nothing was fitted to. An embedding is not compensated. In larger
 # groups more of the loss is made up for.

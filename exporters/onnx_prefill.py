@@ -7,8 +7,13 @@ its logits.
 Products of int8 are several times as fast as MatMulNBits where there are many rows, but they want
 one scale for a row of weights, and one for a row of activations. The latter alone would lose much,
 since a few columns of Qwen2's activations are far larger than the others. So a row x is taken in
-two parts, ``largest / 127 * (first + second / 254)`` with codes of 8 bits in both: what the first
-leaves over is rounded once more, as finely again. Rows do not depend on each other.
+two parts, ``scale * (first + second / 254)`` with codes of 8 bits in both, where ``scale`` is the
+row's largest number over 127: what the first leaves over is rounded once more, as finely again.
+Rows do not depend on each other.
+
+Where there are many rows, passes over the wide arrays between the products take as long as these.
+So gate and up are two products of the same codes, which spares a split, and up stays in units of
+its row's scale: what is left of it comes back behind down_proj, where rows are scaled anyway.
 
 Where the other graph has a matrix in 4 bits, which loses far more by those, the first part alone is
 taken; but for down_proj, whose inputs have the largest outliers.
@@ -17,6 +22,8 @@ Operators: MatMulIntegerToFloat of ``docs/ContribOperators.md`` of onnxruntime 1
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from onnx import ModelProto, TensorProto
@@ -30,11 +37,20 @@ from qwen2x.quantize.rows import LARGEST_CODE
 _FLOAT, _CODE = TensorProto.FLOAT, TensorProto.UINT8
 # The code that stands for 0 in activations.
 _ZERO = 128
-# Of the two parts of a row whose largest number is 1. Half the first step is 127 of the second.
-_STEPS = {"first": 1 / LARGEST_CODE, "second": 1 / LARGEST_CODE / (2 * LARGEST_CODE)}
+# Of the two parts, in units of the row's scale. Half the first step is 127 of the second.
+_STEPS = {"first": 1.0, "second": 1 / (2 * LARGEST_CODE)}
 _COARSE_BITS, _WITH_OUTLIERS = 4, "down_proj"
-# What a row of zeros is divided by.
+# The largest number of a row of zeros.
 _LEAST = 1e-30
+# Of all sequences, one below the other.
+_ROWS = "rows"
+
+
+class _Coded(NamedTuple):
+    """Rows as codes uint8 [rows, columns], by part, times the scales float32 [rows, 1]."""
+
+    codes: dict[str, str]
+    scales: str
 
 
 def build_prefill_graph(recipe: Recipe, shared: WeightLayout) -> tuple[ModelProto, PrefillLayout]:
@@ -55,6 +71,8 @@ class _PrefillDecoder(Decoder):
         super().__init__(recipe, layout)
         # By name of a weight, the parts that its activations are taken in.
         self._parts: dict[str, tuple[str, ...]] = {}
+        # Values that all layers share, and that are there.
+        self._shared: set[str] = set()
 
     def build(self) -> None:
         last = self.config.num_hidden_layers - 1
@@ -75,52 +93,121 @@ class _PrefillDecoder(Decoder):
         return weight
 
     def _linear(self, place: str, x: str, weight: Weight, leading: Shape, bias: str = "") -> str:
-        graph, shape = self.graph, (*leading, weight.rows)
-        largest = self._largest(place, x, weight.columns, leading)
-        x = graph.op(f"{place}/Div", [x, largest], _FLOAT, (*leading, weight.columns))
-        products = []
-        parts = self._parts[weight.name]
-        for part in parts:
-            inputs = [self._step(part), self._zero()]
+        coded = self._coded(place, x, weight)
+        x = self._product(place, coded, weight)
+        x = self.graph.op(f"{place}/Mul", [x, coded.scales], _FLOAT, (_ROWS, weight.rows))
+        x = self._as_sequences(place, x, weight.rows, leading)
+        shape: Shape = (*leading, weight.rows)
+        return self.graph.op(f"{place}/bias/Add", [x, bias], _FLOAT, shape) if bias else x
+
+    def _mlp(self, layer: int, x: str, leading: Shape) -> str:
+        graph, config = self.graph, self.config
+        inner, place = config.intermediate_size, f"/model/layers.{layer}/mlp"
+        gate, up = (
+            self._matrix(layer, name, [(name, inner)]) for name in ("mlp.gate_proj", "mlp.up_proj")
+        )
+        down = self._matrix(layer, "mlp.down_proj", [("mlp.down_proj", config.hidden_size)])
+        wide: Shape = (_ROWS, inner)
+        coded = self._coded(f"{place}/gate_proj", x, gate)
+        gated = self._product(f"{place}/gate_proj", coded, gate)
+        gated = graph.op(f"{place}/gate_proj/Mul", [gated, coded.scales], _FLOAT, wide)
+        sigmoid = graph.op(f"{place}/act/Sigmoid", [gated], _FLOAT, wide)
+        silu = graph.op(f"{place}/act/Mul", [gated, sigmoid], _FLOAT, wide)
+        x = graph.op(
+            f"{place}/Mul", [silu, self._product(f"{place}/up_proj", coded, up)], _FLOAT, wide
+        )
+        of_up, coded = coded.scales, self._coded(f"{place}/down_proj", x, down)
+        x = self._product(f"{place}/down_proj", coded, down)
+        scales = [coded.scales, of_up]
+        both = graph.op(f"{place}/down_proj/both_scales/Mul", scales, _FLOAT, (_ROWS, 1))
+        shape: Shape = (_ROWS, down.rows)
+        x = graph.op(f"{place}/down_proj/Mul", [x, both], _FLOAT, shape)
+        return self._as_sequences(f"{place}/down_proj", x, down.rows, leading)
+
+    def _coded(self, place: str, x: str, weight: Weight) -> _Coded:
+        """Rows of any leading shape, as the products with this weight take them."""
+        graph, size = self.graph, (_ROWS, weight.columns)
+        shape = graph.constant(f"/int8/flat_{weight.columns}", int64(-1, weight.columns))
+        x = graph.op(f"{place}/Reshape", [x, shape], _FLOAT, size)
+        scales = self._row_scales(place, x)
+        flat = graph.constant("/int8/flat", int64(-1))
+        steps = graph.op(f"{place}/steps/Reshape", [scales, flat], _FLOAT, (_ROWS,))
+        codes: dict[str, str] = {}
+        for part in self._parts[weight.name]:
             at = f"{place}/{part}"
-            columns: Shape = (*leading, weight.columns)
-            codes = graph.op(f"{at}/QuantizeLinear", [x, *inputs], _CODE, columns)
-            products.append(self._product(at, codes, weight, shape, part))
-            if part != parts[-1]:
-                taken = graph.op(f"{at}/DequantizeLinear", [codes, *inputs], _FLOAT, columns)
-                x = graph.op(f"{at}/Sub", [x, taken], _FLOAT, columns)
-        total = products[0]
-        if len(products) > 1:
-            total = graph.op(f"{place}/Add", products, _FLOAT, shape)
-        total = graph.op(f"{place}/Mul", [total, largest], _FLOAT, shape)
-        return graph.op(f"{place}/bias/Add", [total, bias], _FLOAT, shape) if bias else total
+            if part == "second":
+                inputs = [codes["first"], steps, self._zeros_of_rows()]
+                taken = graph.op(f"{at}/DequantizeLinear", inputs, _FLOAT, size, axis=0)
+                x = graph.op(f"{at}/Sub", [x, taken], _FLOAT, size)
+                inputs = [steps, self._step(part)]
+                steps = graph.op(f"{at}/steps/Mul", inputs, _FLOAT, (_ROWS,))
+            inputs = [x, steps, self._zeros_of_rows()]
+            codes[part] = graph.op(f"{at}/QuantizeLinear", inputs, _CODE, size, axis=0)
+        return _Coded(codes=codes, scales=scales)
 
-    def _largest(self, place: str, x: str, columns: int, leading: Shape) -> str:
-        """Of each row [..., 1], by size."""
-        graph = self.graph
-        sizes = graph.op(f"{place}/Abs", [x], _FLOAT, (*leading, columns))
+    def _row_scales(self, place: str, x: str) -> str:
+        """The largest number of each row by size, over 127: [rows, 1]."""
+        graph, shape = self.graph, (_ROWS, 1)
         axes = graph.constant("/int8/axes", int64(-1))
-        largest = graph.op(f"{place}/ReduceMax", [sizes, axes], _FLOAT, (*leading, 1), keepdims=1)
+        ends = [
+            graph.op(f"{place}/{operator}", [x, axes], _FLOAT, shape, keepdims=1)
+            for operator in ("ReduceMax", "ReduceMin")
+        ]
+        ends[1] = graph.op(f"{place}/Neg", [ends[1]], _FLOAT, shape)
         least = graph.constant("/int8/least", np.array(_LEAST, np.float32))
-        return graph.op(f"{place}/Max", [largest, least], _FLOAT, (*leading, 1))
+        largest = graph.op(f"{place}/Max", [*ends, least], _FLOAT, shape)
+        share = graph.constant("/int8/share", np.array(1 / LARGEST_CODE, np.float32))
+        return graph.op(f"{place}/scales/Mul", [largest, share], _FLOAT, shape)
 
-    def _product(self, place: str, codes: str, weight: Weight, shape: Shape, part: str) -> str:
-        """Codes of activations times the weights [rows, columns], which the session turns."""
+    def _product(self, place: str, coded: _Coded, weight: Weight) -> str:
+        """Float32 [rows, rows of the weight], in units of the rows' scales."""
         assert weight.scales is not None
-        graph = self.graph
-        turned = f"/int8/{weight.name}/Transpose/output_0"
-        if part == "first":
-            stored = graph.external(weight.name, weight.values)
-            size: Shape = (weight.columns, weight.rows)
-            node = f"/int8/{weight.name}/Transpose"
-            graph.op(node, [stored], TensorProto.INT8, size, perm=[1, 0])
+        graph, shape = self.graph, (_ROWS, weight.rows)
+        # Turned by the session.
+        stored = graph.external(weight.name, weight.values)
+        node = f"/int8/{weight.name}/Transpose"
+        size: Shape = (weight.columns, weight.rows)
+        turned = graph.op(node, [stored], TensorProto.INT8, size, perm=[1, 0])
         scales = graph.external(f"{weight.name}_scales", weight.scales)
-        inputs = [codes, turned, self._step(part), scales, self._zero()]
-        node = f"{place}/MatMulIntegerToFloat"
-        return graph.op(node, inputs, _FLOAT, shape, domain=MICROSOFT)
+        products = [
+            graph.op(
+                f"{place}/{part}/MatMulIntegerToFloat",
+                [codes, turned, self._step(part), scales, self._zero()],
+                _FLOAT,
+                shape,
+                domain=MICROSOFT,
+            )
+            for part, codes in coded.codes.items()
+        ]
+        if len(products) == 1:
+            return products[0]
+        return graph.op(f"{place}/Add", products, _FLOAT, shape)
+
+    def _as_sequences(self, place: str, x: str, columns: int, leading: Shape) -> str:
+        """[rows, columns] as [batch, sequence, columns]."""
+        graph, whole = self.graph, TensorProto.INT64
+        name = f"/int8/sequences_{columns}"
+        shape = f"{name}/Concat/output_0"
+        if shape not in self._shared:
+            self._shared.add(shape)
+            ids = graph.op(f"{name}/Shape", ["input_ids"], whole, (2,))
+            width = graph.constant(f"{name}/columns", int64(columns))
+            graph.op(f"{name}/Concat", [ids, width], whole, (3,), axis=0)
+        return graph.op(f"{place}/sequences/Reshape", [x, shape], _FLOAT, (*leading, columns))
 
     def _step(self, part: str) -> str:
         return self.graph.constant(f"/int8/step_{part}", np.array(_STEPS[part], np.float32))
 
     def _zero(self) -> str:
         return self.graph.constant("/int8/zero", np.array(_ZERO, np.uint8))
+
+    def _zeros_of_rows(self) -> str:
+        """The zero point of every row: [rows]."""
+        graph, zeros = self.graph, "/int8/zeros/Expand/output_0"
+        if zeros not in self._shared:
+            self._shared.add(zeros)
+            rows = graph.op("/int8/zeros/Size", ["input_ids"], TensorProto.INT64, ())
+            axes = graph.constant("/int8/zeros/axes", int64(0))
+            rows = graph.op("/int8/zeros/Unsqueeze", [rows, axes], TensorProto.INT64, (1,))
+            graph.op("/int8/zeros/Expand", [self._zero(), rows], _CODE, (_ROWS,))
+        return zeros

@@ -61,10 +61,12 @@ class CacheBookkeeping(OffersRopes):
         for start, end in self._pieces(len(token_ids)):
             chunk = token_ids[start:end]
             wanted = max(0, min(len(chunk), end - (len(token_ids) - keep)))
-            logits = self._run(np.array([chunk], np.int64), max(1, wanted))
-            self.cached_ids.extend(chunk)
+            ids = np.array([chunk], np.int64)
             if wanted:
-                rows.append(logits)
+                rows.append(self._run(ids, wanted))
+            else:
+                self._fill(ids)
+            self.cached_ids.extend(chunk)
             if has_several:
                 self._tell(end, of)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
@@ -130,6 +132,10 @@ class CacheBookkeeping(OffersRopes):
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         raise NotImplementedError
+
+    def _fill(self, token_ids: TokenIds) -> None:
+        """Runs a chunk whose logits nobody wants."""
+        self._run(token_ids, 1)
 
     def _truncate_cache(self, length: int) -> None:
         raise NotImplementedError

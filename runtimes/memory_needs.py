@@ -20,11 +20,13 @@ class MemoryNeeds:
         per_token: of activations, for each token that is run at once.
         per_score: of attention, for each of these tokens and each position that it sees; 0 where
             a fused kernel keeps no scores.
+        most: tokens that are run at once, beyond which speed is lost; None where more never harm.
     """
 
     per_position: int = 0
     per_token: int = 0
     per_score: int = 0
+    most: int | None = None
 
     def work_bytes(self, tokens: int, positions: int) -> int:
         """What it takes to run tokens of which the last one sees so many positions."""
@@ -54,7 +56,7 @@ class Chunking:
 
     def size(self, past: int) -> int:
         """Tokens that are run at once behind so many positions."""
-        size = self.most
+        size = self.most if self.needs.most is None else min(self.most, self.needs.most)
         while size > _LEAST and self.needs.work_bytes(size, past + size) > self.memory_bytes:
             size //= 2
         return size

@@ -12,12 +12,8 @@ from qwen2x.exporters.bundle import Bundle
 from qwen2x.exporters.onnx_candidates import graph_with_candidates
 from qwen2x.runtimes.cache_bookkeeping import integers
 from qwen2x.runtimes.onnx_cache import SharedCache
-from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
-from qwen2x.runtimes.onnx_runtime import (
-    OnnxRuntime,
-    choose_device,
-    graph_inputs,
-)
+from qwen2x.runtimes.onnx_provider import PROVIDERS, Start, choose_device
+from qwen2x.runtimes.onnx_runtime import OnnxRuntime, graph_inputs
 from qwen2x.runtimes.onnx_session import GRAPH_FILE, not_runnable, open_session
 from qwen2x.runtimes.onnx_step import DecodeStep, no_capture
 from qwen2x.runtimes.runtime import Logits, TokenIds

@@ -13,6 +13,9 @@ from qwen2x.runtimes.memory_needs import MemoryNeeds, activation_bytes
 _BYTES = {name: np.dtype(name).itemsize for name in ("float32", "float16", "int8")} | {
     "bfloat16": np.dtype(bfloat16).itemsize
 }
+# GroupQueryAttention on the CPU computes the scores of a whole piece, also those that nobody sees,
+# and what lies between the products leaves a processor's cache (docs/performance.md).
+_MOST_ON_CPU = 256
 
 
 def needs_of(bundle: Bundle, device: str, kv_bits: int | None) -> MemoryNeeds:
@@ -20,7 +23,9 @@ def needs_of(bundle: Bundle, device: str, kv_bits: int | None) -> MemoryNeeds:
     cache = bundle.cache
     numbers = 2 * cache["layers"] * cache["num_key_value_heads"] * cache["head_dim"]
     return MemoryNeeds(
-        per_position=numbers * _BYTES[cache["dtype"]], per_token=activation_bytes(bundle)
+        per_position=numbers * _BYTES[cache["dtype"]],
+        per_token=activation_bytes(bundle),
+        most=_MOST_ON_CPU if device == "cpu" else None,
     )
 
 

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnxruntime as ort
+
+from qwen2x.exporters.bundle import Bundle
+from qwen2x.quantize.errors import BackendError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
@@ -63,3 +68,36 @@ PROVIDERS = {
         has_own_memory=True,
     ),
 }
+
+
+def available_devices() -> list[str]:
+    """Devices that this onnxruntime was built for."""
+    providers = ort.get_available_providers()
+    return [device for device, provider in PROVIDERS.items() if provider.name in providers]
+
+
+def choose_device(bundle: Bundle, device: str) -> str:
+    """The device that a bundle is run on; ``auto`` is what it was made for, if that is here.
+
+    Raises:
+        BackendError: it is not here, or the bundle is not for it.
+    """
+    if device == "auto":
+        device = bundle.device if bundle.device in available_devices() else "cpu"
+    if device not in PROVIDERS:
+        raise BackendError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device not in available_devices():
+        raise BackendError(
+            f"onnxruntime {ort.__version__} has no {PROVIDERS[device].name} here; "
+            f'pip install "qwen2x[{device}]" (and uninstall the other onnxruntime first)'
+        )
+    if device == "cuda" and bundle.device == "cpu":
+        raise BackendError(
+            f"{bundle.folder} is made for the CPU; export it again with --device cuda"
+        )
+    if bundle.dtype == "bfloat16" and device == "cpu":
+        raise BackendError(
+            f"{bundle.folder} is a bfloat16 bundle for cuda, which is not here; "
+            "export it again with --device cpu"
+        )
+    return device

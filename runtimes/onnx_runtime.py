@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qwen2x.exporters.bundle import PREFILL_FILE, Bundle
 from qwen2x.exporters.onnx_decode import ATTEND_BY_PRODUCTS, graph_with_products
 from qwen2x.exporters.onnx_probe import plain_graph, probed_graph
-from qwen2x.quantize.errors import BackendError, RequestError
+from qwen2x.quantize.errors import RequestError
 from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping, integers
 from qwen2x.runtimes.cache_file import CacheArrays
 from qwen2x.runtimes.huge_pages import use_huge_pages
@@ -29,7 +29,7 @@ from qwen2x.runtimes.onnx_cache import (
 from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
 from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, PromptGraph
-from qwen2x.runtimes.onnx_provider import PROVIDERS, Start
+from qwen2x.runtimes.onnx_provider import Start, choose_device
 from qwen2x.runtimes.onnx_session import (
     GRAPH_FILE,
     not_runnable,
@@ -210,24 +210,34 @@ class OnnxRuntime(CacheBookkeeping):
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         past, new = self.cache_length, token_ids.shape[1]
         total = past + new
-        if total > self._mask.shape[1]:
-            self._mask = np.ones((1, 2 * total), np.int64)
         if self._prompts is not None and keep == 1 and new > LEAST_ROWS:
             self._run_prompt(self._prompts, token_ids[:, :-1])
             token_ids, past = token_ids[:, -1:], total - 1
         positions = np.arange(past, total)[None]
         rows = np.empty((1, keep, self.vocab_size), np.float32)
-        inputs = graph_inputs(token_ids, self._mask[:, :total], positions, keep)
+        inputs = graph_inputs(token_ids, self._ones(total), positions, keep)
         inputs |= self._rope_inputs(1) | self._attention_inputs(self._cache, positions)
         self._run_bound(self._binding, inputs, rows, self._cache, past, total)
         self._cache.collect(self._binding)
         kept: Logits = rows[0]
         return kept
 
+    def _fill(self, token_ids: TokenIds) -> None:
+        if self._prompts is not None and token_ids.shape[1] > LEAST_ROWS:
+            self._run_prompt(self._prompts, token_ids)
+        else:
+            super()._fill(token_ids)
+
+    def _ones(self, total: int) -> NDArray[np.int64]:
+        """A mask that hides nothing: [1, total]."""
+        if total > self._mask.shape[1]:
+            self._mask = np.ones((1, 2 * total), np.int64)
+        return self._mask[:, :total]
+
     def _run_prompt(self, prompts: PromptGraph, token_ids: TokenIds) -> None:
         past = self.cache_length
         total = past + token_ids.shape[1]
-        inputs = graph_inputs(token_ids, self._mask[:, :total], np.arange(past, total)[None], 1)
+        inputs = graph_inputs(token_ids, self._ones(total), np.arange(past, total)[None], 1)
         del inputs["num_logits_to_keep"]
         try:
             prompts.run(inputs | self._rope_inputs(1), self._cache, past, total)
@@ -383,36 +393,3 @@ def graph_inputs(token_ids: TokenIds, mask: Any, positions: TokenIds, keep: int)
         name: ort.OrtValue.ortvalue_from_numpy(np.require(value, np.int64, "C"))
         for name, value in values.items()
     }
-
-
-def available_devices() -> list[str]:
-    """Devices that this onnxruntime was built for."""
-    providers = ort.get_available_providers()
-    return [device for device, provider in PROVIDERS.items() if provider.name in providers]
-
-
-def choose_device(bundle: Bundle, device: str) -> str:
-    """The device that a bundle is run on; ``auto`` is what it was made for, if that is here.
-
-    Raises:
-        BackendError: it is not here, or the bundle is not for it.
-    """
-    if device == "auto":
-        device = bundle.device if bundle.device in available_devices() else "cpu"
-    if device not in PROVIDERS:
-        raise BackendError(f"device must be auto, cpu or cuda, got {device!r}")
-    if device not in available_devices():
-        raise BackendError(
-            f"onnxruntime {ort.__version__} has no {PROVIDERS[device].name} here; "
-            f'pip install "qwen2x[{device}]" (and uninstall the other onnxruntime first)'
-        )
-    if device == "cuda" and bundle.device == "cpu":
-        raise BackendError(
-            f"{bundle.folder} is made for the CPU; export it again with --device cuda"
-        )
-    if bundle.dtype == "bfloat16" and device == "cpu":
-        raise BackendError(
-            f"{bundle.folder} is a bfloat16 bundle for cuda, which is not here; "
-            "export it again with --device cpu"
-        )
-    return device

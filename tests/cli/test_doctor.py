@@ -65,9 +65,9 @@ def test_doctor_lists_the_devices_of_all_backends_once(
     here: list[str], devices: list[str], call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlx_runtime = pytest.importorskip("qwen2x.runtimes.mlx_runtime", reason="mlx is not installed")
-    from qwen2x.runtimes import onnx_runtime
+    from qwen2x.runtimes import onnx_provider
 
-    monkeypatch.setattr(onnx_runtime, "available_devices", lambda: ["cpu"])
+    monkeypatch.setattr(onnx_provider, "available_devices", lambda: ["cpu"])
     monkeypatch.setattr(mlx_runtime, "available_devices", lambda: here)
     facts = call("doctor", "--json").json
     assert facts["devices"] == devices

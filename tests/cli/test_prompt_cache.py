@@ -129,9 +129,9 @@ def test_a_dry_run_tells_of_tokens_and_memory(call: Call, float_bundle: Path) ->
     assert facts["cache_bytes"] == each * (facts["prompt_tokens"] + 100)
     assert facts["peak_memory_bytes"] > facts["cache_bytes"] + facts["weight_bytes"]
     assert facts["fitting_tokens"] == facts["max_context"] == 2048
-    assert facts["chunk_tokens"] == [512, 512]
+    assert facts["chunk_tokens"] == [256, 256]
     text = call(*words).out
-    for part in ("prompt ", "pieces of 512 tokens", "KV cache ", " for 2048 tokens, 3.07 kB each"):
+    for part in ("prompt ", "pieces of 256 tokens", "KV cache ", " for 2048 tokens, 3.07 kB each"):
         assert part in text
 
 
@@ -169,10 +169,10 @@ def test_a_dry_run_refuses_what_the_context_has_no_room_for(
 def test_verbose_output_tells_how_far_a_long_prompt_is(
     call: Call, float_bundle: Path, mlx_bundle: Path
 ) -> None:
-    for bundle in (float_bundle, mlx_bundle):
+    for bundle, piece in ((float_bundle, 256), (mlx_bundle, 512)):
         words = ("run", bundle, DOCUMENT * 2, "--raw", *GREEDY)
         told = [line for line in call(*words, "-v").err.splitlines() if line.startswith("read ")]
-        assert told[0].startswith("read 512 of ")
+        assert told[0].startswith(f"read {piece} of ")
         assert told[-1].endswith(" 0 s left")
         assert call(*words).err == ""
         assert "read " not in call(*words, "-v", "--json").err

@@ -184,7 +184,9 @@ def test_a_footprint_is_what_the_runtime_takes(
         )
     assert footprint.positions == 400
     assert footprint.cache_bytes == 400 * taken / 300
-    assert footprint.chunks == (300, 300)
+    # ONNX Runtime's attention on a CPU is faster in smaller pieces.
+    size = 256 if backend.startswith("onnx") else 300
+    assert footprint.chunks == (size, size)
     assert footprint.peak_bytes == (
         footprint.cache_bytes + footprint.work_bytes + bundle.weight_bytes + LIBRARY_BYTES
     )

@@ -103,7 +103,7 @@ def test_matrices_of_4_bits_take_activations_in_one_part_but_down_proj(
         node.name.split("/")[-3] for node in nodes if node.op_type == "MatMulIntegerToFloat"
     )
     # Two layers, of the last of which nothing but keys and values; qkv_proj has 8 bits.
-    assert places == {"qkv_proj": 4, "o_proj": 1, "gate_up_proj": 1, "down_proj": 2}
+    assert places == {"qkv_proj": 4, "o_proj": 1, "gate_proj": 1, "up_proj": 1, "down_proj": 2}
 
 
 def test_one_part_is_near_the_rounded_weights_too(
