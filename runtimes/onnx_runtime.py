@@ -242,7 +242,7 @@ class OnnxRuntime(CacheBookkeeping):
         try:
             prompts.run(inputs | self._rope_inputs(1), self._cache, past, total)
         except Exception as error:
-            raise not_runnable(self.bundle, error) from None
+            raise not_runnable(self.bundle, error, PREFILL_FILE) from None
 
     def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
         """See ``Runtime``; on the CPU each token is run as a row of its own, on one cache."""

@@ -18,7 +18,7 @@ GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-def not_runnable(bundle: Bundle, error: Exception) -> Exception:
+def not_runnable(bundle: Bundle, error: Exception, file: str = GRAPH_FILE) -> Exception:
     """The errors of onnxruntime as a BundleError or BackendError; anything else as it is."""
     kind = type(error)
     if not kind.__module__.startswith("onnxruntime") and kind is not RuntimeError:
@@ -26,7 +26,7 @@ def not_runnable(bundle: Bundle, error: Exception) -> Exception:
     if is_out_of_memory(str(error)):
         return out_of_memory(bundle)
     reason = str(error).strip().splitlines()[0]
-    return BundleError(f"onnxruntime cannot use {bundle.folder / GRAPH_FILE}: {reason}")
+    return BundleError(f"onnxruntime cannot use {bundle.folder / file}: {reason}")
 
 
 def _require_promised_shapes(bundle: Bundle, session: Any) -> None:
@@ -80,7 +80,8 @@ def start_session(bundle: Bundle, start: Start, model: bytes | Path) -> Any:
     try:
         session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:
-        raise not_runnable(bundle, error) from None
+        file = model.name if isinstance(model, Path) else GRAPH_FILE
+        raise not_runnable(bundle, error, file) from None
     if provider.name not in session.get_providers():
         raise BackendError(
             f"onnxruntime could not start {provider.name}; check the driver and the CUDA "

@@ -250,6 +250,16 @@ def test_a_missing_graph_is_told(bundle: Path, tmp_path: Path) -> None:
         open_runtime(folder)
 
 
+def test_what_onnxruntime_cannot_run_is_named(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_runtime(bundle, threads=1) as runtime:
+        prompts: Any = runtime._prompts  # type: ignore[attr-defined]
+        monkeypatch.setattr(prompts, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("no\nx")))
+        with pytest.raises(BundleError, match=f"onnxruntime cannot use .*{PREFILL_FILE}: no$"):
+            runtime.prefill(PROMPT)
+
+
 def test_a_budget_does_not_count_the_copy(random_checkpoint: Path, tmp_path: Path) -> None:
     sizes = []
     for has_prefill in (True, False):
