@@ -15,7 +15,6 @@ import mlx.core as mx
 import numpy as np
 
 from qwen2x.exporters.bundle import Bundle
-from qwen2x.exporters.mlx_joined import join_projections
 from qwen2x.exporters.mlx_model import Slices, Whole, load_model
 from qwen2x.quantize.errors import BackendError, RequestError
 from qwen2x.runtimes.cache_bookkeeping import CacheBookkeeping, integers
@@ -23,6 +22,7 @@ from qwen2x.runtimes.cache_file import CacheArrays
 from qwen2x.runtimes.layers import Hidden
 from qwen2x.runtimes.mlx_cache import Buffers, float_layout
 from qwen2x.runtimes.mlx_int8_cache import Int8Buffers, int8_layout, take_key_biases
+from qwen2x.runtimes.mlx_joined import join_projections
 from qwen2x.runtimes.mlx_memory import needs_of
 from qwen2x.runtimes.mlx_sampler import FAILED, MlxSampler
 from qwen2x.runtimes.runtime import DEFAULT_CHUNK, DEFAULT_PREFILL_MEMORY, Logits, TokenIds
