@@ -23,12 +23,12 @@ _PRESET_LAYERS, _PRESET_HEAD, _PRESET_NARROW_HEAD = 4.5, 6.5, 8.3
 # The same with --prefer speed, of all weights.
 _FAST_PRESET = 5.0
 # What compensated rounding leaves of the loss of plain rounding to 4 bits in groups of 32, on the
-# 0.5B checkpoint and text that nothing was fitted to. An embedding is not compensated. In larger
-# groups more of the loss is made up for.
+# 0.5B checkpoint and text that nothing was fitted to. An embedding is not compensated. In groups of
+# 128 more of the loss is made up for.
 _COMPENSATED = {
     "qkv_proj": 0.45, "o_proj": 0.3, "gate_up_proj": 0.63, "down_proj": 0.7, "lm_head": 0.45,
 }  # fmt: skip
-_COMPENSATED_IN_GROUPS = {32: 1.0, 64: 0.9, 128: 0.8}
+_COMPENSATED_IN_GROUPS = {32: 1.0, 128: 0.8}
 # CPU kernels round activations to 8 bits too, in groups as large as the weights': what that costs
 # in groups of 32, relative to the loss of weights in 8 bits and such groups (the 0.5B checkpoint).
 # It grows with the size.
@@ -45,13 +45,17 @@ _TYPICAL = {
 _ATTEMPTS = 10
 
 
-# Between which plans may choose; of 8 bits, whose groups gain little, two sizes.
+# Between which plans may choose: closest in groups of 32, fastest in groups of 128.
 SCHEMES = (
-    *(Scheme(bits=4, group_size=size) for size in GROUP_SIZES),
-    *(Scheme(bits=4, group_size=size, is_symmetric=False) for size in GROUP_SIZES),
-    *(Scheme(bits=6, group_size=size) for size in GROUP_SIZES),
-    *(Scheme(bits=8, group_size=size) for size in (32, 128)),
+    *(Scheme(bits=4, group_size=size) for size in (32, 128)),
+    *(Scheme(bits=4, group_size=size, is_symmetric=False) for size in (32, 128)),
+    Scheme(bits=6, group_size=32),
+    *(Scheme(bits=8, group_size=size) for size in GROUP_SIZES),
 )
+# For quality: products of several rows give the very numbers of one row in these alone, on the CPU
+# (docs/speculation.md), so that a text is the same in a batch and behind guesses. Larger ones would
+# gain a tenth of the loss at best; budgets below 4.5 bits take them nevertheless.
+_ALIKE = {4: 32, 6: 32, 8: 64}
 
 
 def plan_within_budget(
@@ -70,10 +74,13 @@ def plan_within_budget(
     """
     budget = _Budget(config=config, options=options, make_plan=make_plan)
     offers = _offers(config, losses, options)
-    least = {unit: min(of_unit, key=lambda offer: offer.bytes) for unit, of_unit in offers.items()}
-    smallest = budget.plan({unit: offer.scheme for unit, offer in least.items()})
+    smallest = budget.plan(_smallest(offers))
+    if budget.excess(smallest) > 0:
+        offers = _offers(config, losses, options, in_any_groups=True)
+        smallest = budget.plan(_smallest(offers))
     budget.require_possible(smallest)
-    low, high = sum(offer.bytes for offer in least.values()), budget.bytes
+    least = (min(offer.bytes for offer in of_unit) for of_unit in offers.values())
+    low, high = sum(least), budget.bytes
     best = smallest
     for attempt in range(_ATTEMPTS):
         middle = high if attempt == 0 else (low + high) / 2
@@ -117,7 +124,7 @@ def _typical_error(scheme: Scheme) -> float:
         return 0.002
     # Two bits more are a quarter of each weight's error.
     share = 1 if scheme.bits == 4 else 1 / 16
-    error = share * {32: 0.75, 64: 1.0, 128: 1.33}[scheme.group_size]
+    error = share * {32: 0.75, 128: 1.33}[scheme.group_size]
     return error if scheme.is_symmetric else 0.9 * error
 
 
@@ -131,7 +138,16 @@ def parameters_of_units(config: Qwen2Config) -> dict[str, int]:
     return parameters
 
 
-def _offers(config: Qwen2Config, losses: Losses, options: Options) -> dict[str, list[Offer]]:
+def _smallest(offers: Mapping[str, Sequence[Offer]]) -> dict[str, Scheme]:
+    return {
+        unit: min(of_unit, key=lambda offer: offer.bytes).scheme for unit, of_unit in offers.items()
+    }
+
+
+def _offers(
+    config: Qwen2Config, losses: Losses, options: Options, *, in_any_groups: bool = False
+) -> dict[str, list[Offer]]:
+    """By unit, of the schemes that suit what the options prefer."""
     offers: dict[str, list[Offer]] = {}
     for unit, parameters in parameters_of_units(config).items():
         of_unit: list[Offer] = []
@@ -141,6 +157,8 @@ def _offers(config: Qwen2Config, losses: Losses, options: Options) -> dict[str, 
         offered = [scheme for scheme in losses[unit] if _is_offered(unit, scheme, options)]
         if options.prefer == "speed":
             offered = _fastest(offered)
+        elif not in_any_groups:
+            offered = [each for each in offered if each.group_size <= _ALIKE[each.bits]]
         for scheme in offered:
             loss = sum(
                 losses[part][scheme] * _kept(part, scheme, options)

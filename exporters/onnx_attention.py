@@ -17,6 +17,7 @@ from onnx import TensorProto
 from qwen2x.exporters.config import Qwen2Config
 from qwen2x.exporters.onnx_builder import MICROSOFT, GraphBuilder, Shape, int64
 from qwen2x.exporters.onnx_rope import RopeTables
+from qwen2x.exporters.onnx_short_attention import ShortAttention
 from qwen2x.exporters.onnx_target import Target
 from qwen2x.exporters.rope import Rope
 from qwen2x.quantize.cache_ranges import CacheRanges
@@ -37,6 +38,7 @@ class AttentionBuilder:
         ropes: Sequence[Rope],
         max_context: int,
         cache_ranges: CacheRanges | None,
+        reads_prompts: bool = False,
     ) -> None:
         self._graph = graph
         self._config = config
@@ -54,6 +56,10 @@ class AttentionBuilder:
             self._mask = self._causal_mask()
         is_chosen_unseen = len(ropes) > 1 and not target.reads_positions
         self._rotates_before = not target.is_fused or has_codes or is_chosen_unseen
+        self._short: ShortAttention | None = None
+        if reads_prompts and not has_codes and self._float == TensorProto.FLOAT:
+            heads, past = config.num_attention_heads, self._past(0)[0]
+            self._short = ShortAttention(graph, heads, past=past, total=self._total)
         if self._rotates_before:
             self._key_rows = self._rope.key_rows()
             self._query_rows = self._rope.query_rows(self._key_rows)
@@ -126,18 +132,19 @@ class AttentionBuilder:
         new, rotation = [packed, "", ""], [*rope.tables, rope.positions]
         if self._rotates_before:
             new, rotation = list(self._rotated(place, packed).values()), []
-        lengths = [self._last_key, self._total]
-        self._graph.node(
-            node,
-            [*new, *self._past(layer), *lengths, *rotation],
-            [f"{node}/output_0", *self._present(layer)],
-            domain=MICROSOFT,
-            num_heads=config.num_attention_heads,
-            kv_num_heads=config.num_key_value_heads,
-            scale=config.head_dim**-0.5,
-            do_rotary=0 if self._rotates_before else 1,
-            rotary_interleaved=0,
-        )
+        inputs = [*new, *self._past(layer), self._last_key, self._total, *rotation]
+        outputs = [f"{node}/output_0", *self._present(layer)]
+        options = {
+            "num_heads": config.num_attention_heads,
+            "kv_num_heads": config.num_key_value_heads,
+            "scale": config.head_dim**-0.5,
+            "do_rotary": 0 if self._rotates_before else 1,
+            "rotary_interleaved": 0,
+        }
+        if self._short is None:
+            self._graph.node(node, inputs, outputs, domain=MICROSOFT, **options)
+        else:
+            self._short.write(place, inputs, outputs, **options)
         return self._graph.value(f"{node}/output_0", self._float, (B, S, config.query_size))
 
     def _fused_int8(self, layer: int, place: str, packed: str, ranges: CacheRanges) -> str:

@@ -2,7 +2,7 @@
 
 GroupQueryAttention on the CPU reads the cache once for every query head. The query heads of one key
 head are rows of one product: queries times keys, a softmax, times values, and the cache is read
-once. That takes less than half the time from 640 positions on (docs/performance.md); for shorter
+once. That is faster behind a thousand positions and more (docs/performance.md); for shorter
 caches, and for several new tokens, the one operator is better. So each layer's becomes an ``If``.
 
 The graph alone is read, changed in memory and handed out as bytes; its weights stay on disk.

@@ -75,6 +75,8 @@ def build_graph(recipe: Recipe) -> tuple[ModelProto, WeightLayout]:
 class Decoder:
     """Writes the nodes in the order in which a token meets them."""
 
+    reads_prompts = False
+
     def __init__(self, recipe: Recipe, layout: WeightLayout) -> None:
         self.recipe = recipe
         self.config = recipe.config
@@ -96,6 +98,7 @@ class Decoder:
             ropes=recipe.ropes,
             max_context=recipe.max_context,
             cache_ranges=recipe.cache_ranges,
+            reads_prompts=self.reads_prompts,
         )
 
     def build(self) -> None:

@@ -66,6 +66,8 @@ class _PrefillDecoder(Decoder):
     """See ``Decoder``; the layers' matrices are int8."""
 
     layout: PrefillLayout
+    # Nothing else.
+    reads_prompts = True
 
     def __init__(self, recipe: Recipe, layout: PrefillLayout) -> None:
         super().__init__(recipe, layout)

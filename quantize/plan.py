@@ -99,7 +99,8 @@ def spend(offers: Mapping[str, Sequence[Offer]], budget: float) -> dict[str, Sch
     """The scheme of each unit, for a small sum of losses in at most ``budget`` bytes.
 
     Every unit begins with its smallest offer. Bytes then go where one of them saves the most loss,
-    as far as they reach.
+    as far as they reach. A step of the largest unit, a head, may be too large for what the others
+    left of the budget: so all this is done for each of its offers, and the best is taken.
 
     Args:
         offers: by unit, one or more.
@@ -108,11 +109,26 @@ def spend(offers: Mapping[str, Sequence[Offer]], budget: float) -> dict[str, Sch
     Raises:
         SchemeError: the smallest offers are together larger.
     """
-    ladders = {unit: _ladder(of_unit) for unit, of_unit in offers.items()}
+    least = sum(min(offer.bytes for offer in of_unit) for of_unit in offers.values())
+    if least > budget:
+        raise SchemeError(f"expected at least {least:.0f} bytes, got {budget:.0f}")
+    largest = max(offers, key=lambda unit: min(offer.bytes for offer in offers[unit]))
+    rest = {unit: _ladder(of_unit) for unit, of_unit in offers.items() if unit != largest}
+    least -= min(offer.bytes for offer in offers[largest])
+    chosen = min(
+        (
+            _spend(rest, budget - offer.bytes) | {largest: offer}
+            for offer in offers[largest]
+            if least + offer.bytes <= budget
+        ),
+        key=lambda plan: sum(offer.loss for offer in plan.values()),
+    )
+    return {unit: chosen[unit].scheme for unit in offers}
+
+
+def _spend(ladders: Mapping[str, list[Offer]], budget: float) -> dict[str, Offer]:
     chosen = {unit: ladder[0] for unit, ladder in ladders.items()}
     spent = sum(offer.bytes for offer in chosen.values())
-    if spent > budget:
-        raise SchemeError(f"expected at least {spent:.0f} bytes, got {budget:.0f}")
     steps = [
         (_saved_per_byte(low, high), unit, low, high)
         for unit, ladder in ladders.items()
@@ -123,7 +139,7 @@ def spend(offers: Mapping[str, Sequence[Offer]], budget: float) -> dict[str, Sch
         if chosen[unit] is low and spent + more <= budget:
             chosen[unit] = high
             spent += more
-    return {unit: offer.scheme for unit, offer in chosen.items()}
+    return chosen
 
 
 def _ladder(offers: Sequence[Offer]) -> list[Offer]:

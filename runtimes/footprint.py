@@ -120,7 +120,7 @@ def footprint_of(
     """
     import_backend(bundle.target)
     memory = importlib.import_module(f"qwen2x.runtimes.{bundle.target}_memory")
-    place = memory.choose_device(bundle, device)
+    place = memory.planned_device(bundle, device)
     needs = memory.needs_of(bundle, place, kv_bits)
     chosen = choose_rope(bundle.rope_contexts, prompt_tokens, new_tokens, yarn)
     return Footprint(

@@ -17,7 +17,7 @@ from qwen2x.runtimes.mlx_int8_cache import int8_layout
 _FLOAT_SCORE, _INT8_SCORE = 5, 10
 
 
-def choose_device(bundle: Bundle, device: str) -> str:
+def planned_device(bundle: Bundle, device: str) -> str:
     """Where a folder is run; ``auto`` is a GPU, if there is one."""
     has_gpu = mx.default_device().type == mx.gpu
     return ("gpu" if has_gpu else "cpu") if device == "auto" else device

@@ -19,7 +19,10 @@ _MOST_ON_CPU = 256
 
 
 def needs_of(bundle: Bundle, device: str, kv_bits: int | None) -> MemoryNeeds:
-    """GroupQueryAttention keeps no scores (measured, onnxruntime 1.32, float32 and int8 cache)."""
+    """GroupQueryAttention keeps no scores (measured, onnxruntime 1.32, float32 and int8 cache).
+
+    Where a graph for prompts lets it, behind short caches, they are 64 MiB at most.
+    """
     cache = bundle.cache
     numbers = 2 * cache["layers"] * cache["num_key_value_heads"] * cache["head_dim"]
     return MemoryNeeds(
@@ -29,7 +32,7 @@ def needs_of(bundle: Bundle, device: str, kv_bits: int | None) -> MemoryNeeds:
     )
 
 
-def choose_device(bundle: Bundle, device: str) -> str:
+def planned_device(bundle: Bundle, device: str) -> str:
     """Where a bundle is run; ``auto`` is what it was made for."""
     return bundle.device if device == "auto" else device
 

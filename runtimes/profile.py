@@ -25,8 +25,8 @@ from qwen2x.runtimes.sampler import Sampler, Sampling
 _BLOCK = 128 * 2**20
 _MICROSECOND = 1e-6
 _NODE_SUFFIX = "_kernel_time"
-# Of a product whose activations go in two parts of 8 bits.
-_PARTS = ("first", "second")
+# Of a product whose activations go in two parts of 8 bits, and of attention in two ways.
+_PARTS = ("first", "second", "tiles", "whole")
 
 
 @dataclass(frozen=True, kw_only=True)

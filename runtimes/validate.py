@@ -18,6 +18,8 @@ from qwen2x.runtimes.tolerance import Tolerance
 _PROBE = 48
 _GREEDY_TOKENS = 32
 _CHUNK = 13
+# Rows of a pass over guessed tokens: no multiple of the rows that kernels take together.
+_GUESSED = 5
 # A greedy choice between two tokens whose logits are this close is a tie, which summing in another
 # order may break the other way.
 _TIE = 1e-3
@@ -126,6 +128,9 @@ def validate(
         checks.append(_same("products_equal_prefill", whole, by_products, tolerance))
     on_step("chunked_equals_whole")
     checks.append(chunked_equals_whole(candidate, probe, tolerance))
+    on_step("guesses_equal_prefill")
+    guessed = _by_guesses(candidate, probe)
+    checks.append(_same("guesses_equal_prefill", whole, guessed, tolerance))
     on_step("batch_equals_single")
     checks.append(_batch_equals_single(candidate, probe, tolerance))
     on_step("long_positions")
@@ -138,6 +143,7 @@ def validate(
         "device": candidate.device,
         "dtype": candidate.dtype,
         "bits_per_weight": candidate.bits_per_weight,
+        "guesses_are_exact": bool(np.array_equal(stepwise, guessed)),
     }
     return Report(difference=difference, checks=checks, tolerance=tolerance, facts=facts)
 
@@ -221,6 +227,15 @@ def _by_chunks(runtime: Runtime, probe: list[int]) -> Logits:
     runtime.reset()
     parts = [probe[start : start + _CHUNK] for start in range(0, len(probe), _CHUNK)]
     return np.concatenate([runtime.append(part, keep=len(part)) for part in parts])
+
+
+def _by_guesses(runtime: Runtime, probe: list[int]) -> Logits:
+    """In passes of a few tokens behind the first one, as guessed tokens are run."""
+    runtime.reset()
+    rows = [runtime.decode(probe[0])[None].copy()]
+    for start in range(1, len(probe), _GUESSED):
+        rows.append(runtime.decode_guessed(probe[start : start + _GUESSED]).copy())
+    return np.concatenate(rows)
 
 
 def _batch_equals_single(runtime: Runtime, probe: list[int], tolerance: Tolerance) -> Check:

@@ -26,8 +26,8 @@ FIGURES = (
     "top1_agreement", "top10_overlap", "perplexity", "perplexity_reference", "bits_per_weight",
 )  # fmt: skip
 CHECKS = {
-    "cache_equals_prefill", "chunked_equals_whole", "batch_equals_single", "long_positions",
-    "greedy_text_equal",
+    "cache_equals_prefill", "chunked_equals_whole", "guesses_equal_prefill",
+    "batch_equals_single", "long_positions", "greedy_text_equal",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2x.quantize.errors import SchemeError
@@ -44,6 +44,7 @@ def best_of_all(all_offers: dict[str, list[Offer]], budget: float) -> float:
     )
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(*(st.floats(0, 1) for _ in range(4)), st.floats(1, 5)), min_size=1, max_size=5
@@ -72,6 +73,14 @@ def test_bytes_go_where_they_save_the_most() -> None:
     }
     chosen = spend(all_offers, 30)
     assert chosen == {"sensitive": SCHEMES[3], "robust": SCHEMES[0]}
+
+
+def test_a_head_is_paid_for_where_that_is_better_than_many_small_steps() -> None:
+    small = {f"layer {number}": offers((10, 2.0), (12, 1.0)) for number in range(3)}
+    head = offers((20, 5.0), (30, 0.5))
+    # Each byte saves more in the layers, but what they leave does not reach for the head.
+    chosen = spend({**small, "head": head}, 60)
+    assert chosen == dict.fromkeys(small, SCHEMES[0]) | {"head": SCHEMES[1]}
 
 
 def test_an_offer_that_is_larger_and_no_better_is_never_taken() -> None:

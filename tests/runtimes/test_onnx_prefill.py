@@ -22,11 +22,13 @@ from qwen2x.quantize.rows import quantize_rows
 from qwen2x.quantize.scheme import Scheme
 from qwen2x.runtimes.footprint import footprint_of
 from qwen2x.runtimes.onnx_prefill import LEAST_ROWS
+from qwen2x.runtimes.profile import RecordsRuns
 from qwen2x.runtimes.runtime import Runtime, open_runtime
 from qwen2x.runtimes.tolerance import tolerance_for
 from qwen2x.runtimes.validate import validate
 from tests.packed_checkpoint import write_packed_checkpoint
 from tests.runtimes.conftest import MakeBundle
+from tests.runtimes.test_onnx_runtime import rewrite_manifest
 
 PROMPT = np.random.default_rng(3).integers(0, 2016, 120).tolist()
 # Two parts of 8 bits leave some 1 / 32,000 of a row's largest number; four layers add up.
@@ -164,6 +166,45 @@ def test_rows_do_not_depend_on_those_behind_them(bundle: Path, runtime: Runtime)
         in_pieces.prefill(PROMPT)
         difference = largest_difference(cache_of(in_pieces, length), cache_of(runtime, length))
     assert difference < OTHER_ORDER
+
+
+def test_attention_behind_many_positions_or_scores_is_in_tiles(
+    bundle: Path, runtime: Runtime, tmp_path: Path
+) -> None:
+    length = len(PROMPT) - 1
+    runtime.prefill(PROMPT)
+    assert ways_of_attention(bundle) == {"whole"}
+    for name in ("longest", "most"):
+        folder = Path(shutil.copytree(bundle, tmp_path / name))
+        lower_limit(folder / PREFILL_FILE, f"/short/{name}")
+        rewrite_manifest(folder)
+        assert ways_of_attention(folder) == {"tiles"}
+        with open_runtime(folder, threads=1) as in_tiles:
+            in_tiles.prefill(PROMPT)
+            difference = largest_difference(cache_of(in_tiles, length), cache_of(runtime, length))
+        # Another order moves codes of 8 bits.
+        assert 0 < difference < TWO_PARTS
+
+
+def lower_limit(graph: Path, name: str) -> None:
+    model = onnx.load_model(graph, load_external_data=False)
+    limit = next(each for each in model.graph.initializer if each.name == name)
+    values = onnx.numpy_helper.to_array(limit)
+    limit.CopyFrom(onnx.numpy_helper.from_array(np.full_like(values, len(PROMPT) - 2), name))
+    onnx.save_model(model, graph)
+
+
+def ways_of_attention(folder: Path) -> set[str]:
+    """The places of the operators that a prompt ran through."""
+    with open_runtime(folder, threads=1, record=True) as runtime:
+        assert isinstance(runtime, RecordsRuns)
+        runtime.prefill(PROMPT)
+        runs = runtime.recorded_runs()
+    return {
+        path.split("/")[-2]
+        for path, operator, _ in runs[0].nodes
+        if operator == "GroupQueryAttention"
+    }
 
 
 def test_a_prompt_can_be_taken_back(runtime: Runtime) -> None:

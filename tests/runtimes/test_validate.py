@@ -27,8 +27,8 @@ TOKEN_IDS = read_text_files(EXAMPLE).tokenizer.encode(TEXT)
 FLOAT32 = tolerance_for("float", "float32")
 NAMES = [
     "all_finite", "kl_mean", "top1_agreement", "max_abs_diff", "cache_equals_prefill",
-    "products_equal_prefill", "chunked_equals_whole", "batch_equals_single", "long_positions",
-    "greedy_text_equal",
+    "products_equal_prefill", "chunked_equals_whole", "guesses_equal_prefill",
+    "batch_equals_single", "long_positions", "greedy_text_equal",
 ]  # fmt: skip
 
 
@@ -145,7 +145,9 @@ def test_a_cache_that_is_off_by_one_position_fails_its_check(
 ) -> None:
     shift_positions(monkeypatch, lambda p: p + 1 if p.shape[1] == 1 and p[0, 0] > 0 else p)
     names = failed(run(candidate, random_torch))
-    assert names - {"greedy_text_equal"} == {"cache_equals_prefill", "products_equal_prefill"}
+    # On Linux guesses are single tokens too.
+    names -= {"greedy_text_equal", "guesses_equal_prefill"}
+    assert names == {"cache_equals_prefill", "products_equal_prefill"}
 
 
 def test_products_that_see_too_little_fail_their_check(
@@ -221,6 +223,20 @@ class NoTruncation(Wrapped):
             self._inner.truncate(0)
 
 
+class OtherGuesses(Wrapped):
+    """Gives the rows of guessed tokens in another order."""
+
+    def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
+        return self._inner.decode_guessed(token_ids)[::-1]
+
+
+class RoundedGuesses(Wrapped):
+    """Sums the rows of guessed tokens in another order."""
+
+    def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
+        return self._inner.decode_guessed(token_ids) * np.float32(1 + 1e-6)
+
+
 class NotFinite(Wrapped):
     """One logit of one row is no number."""
 
@@ -247,6 +263,7 @@ class OtherAnswer(Wrapped):
         (NoFarPositions, {"long_positions"}),
         (NoTruncation, {"cache_equals_prefill", "products_equal_prefill"}),
         (NotFinite, {"all_finite", "kl_mean", "max_abs_diff", "top1_agreement"}),
+        (OtherGuesses, {"guesses_equal_prefill"}),
         (OtherAnswer, {"greedy_text_equal"}),
     ],
 )
@@ -322,3 +339,12 @@ def test_the_real_checkpoint_in_four_bits_passes(
             tokens=96,
         )
     assert failed(report) == set()
+
+
+def test_whether_guesses_leave_every_bit_is_said(candidate: Runtime, random_torch: Runtime) -> None:
+    report = run(RoundedGuesses(candidate), random_torch)
+    assert failed(report) == set()
+    assert report.to_json()["guesses_are_exact"] is False
+    stepwise = Wrapped(candidate)
+    stepwise.decode_guessed = lambda ids: np.stack([candidate.decode(t).copy() for t in ids])
+    assert run(stepwise, random_torch).to_json()["guesses_are_exact"] is True
