@@ -72,12 +72,11 @@ class OnnxBatch:
 
     def run_alone(self, slot: OnnxSlot, token_ids: TokenIds, keep: int) -> Logits:
         """Runs tokens int64 [1, S] of one slot; logits float32 [keep, vocab]."""
-        row, past = self._slots.index(slot), slot.cache_length
-        total = past + token_ids.shape[1]
-        mask, positions = np.ones((1, total), np.bool_), np.arange(past, total)[None]
-        rows = self.runtime.run_rows(self._view(row, row + 1), token_ids, mask, positions, keep)
-        alone: Logits = rows[0]
-        return alone
+        return self.runtime.run_row(self._row_of(slot), token_ids, slot.cache_length, keep)
+
+    def fill_alone(self, slot: OnnxSlot, token_ids: TokenIds) -> bool:
+        """Puts tokens int64 [1, S] into the slot, where there is a graph that reads prompts."""
+        return self.runtime.fill_row(self._row_of(slot), token_ids, slot.cache_length)
 
     def reserve(self, positions: int) -> None:
         """Makes room for so many positions in every row; what is there stays."""
@@ -106,6 +105,10 @@ class OnnxBatch:
             buffer[row, :, :length] = buffer[len(self._slots), :, :length]
         self._slots[row] = last
 
+    def _row_of(self, slot: OnnxSlot) -> _Rows:
+        row = self._slots.index(slot)
+        return self._view(row, row + 1)
+
     def _view(self, first: int, stop: int) -> _Rows:
         arrays = {part: buffer[first:stop] for part, buffer in self._buffers.items()}
         return _Rows(arrays, self._capacity)
@@ -118,9 +121,12 @@ class OnnxSlot(CacheBookkeeping):
         super().__init__()
         self._batch = batch
         # The factor that the runtime has when its slots run.
-        self.max_context = batch.runtime.rope_context
-        self.vocab_size = batch.runtime.vocab_size
-        self.prefill_chunk = batch.runtime.prefill_chunk
+        runtime = batch.runtime
+        self.max_context = runtime.rope_context
+        self.vocab_size = runtime.vocab_size
+        # A prompt is read in the pieces that it is read in alone.
+        self.prefill_chunk = runtime.prefill_chunk
+        self.prefill_memory, self.needs = runtime.prefill_memory, runtime.needs
 
     def require_fits(self, token_id: int) -> None:
         """Raises RequestError for a token that is none, or for which there is no room."""
@@ -136,6 +142,10 @@ class OnnxSlot(CacheBookkeeping):
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
         return self._batch.run_alone(self, token_ids, keep)
+
+    def _fill(self, token_ids: TokenIds) -> None:
+        if not self._batch.fill_alone(self, token_ids):
+            super()._fill(token_ids)
 
     def _truncate_cache(self, length: int) -> None:
         """Later positions are overwritten."""

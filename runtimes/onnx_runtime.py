@@ -208,41 +208,60 @@ class OnnxRuntime(CacheBookkeeping):
         return session
 
     def _run(self, token_ids: TokenIds, keep: int) -> Logits:
-        past, new = self.cache_length, token_ids.shape[1]
-        total = past + new
-        if self._prompts is not None and keep == 1 and new > LEAST_ROWS:
-            self._run_prompt(self._prompts, token_ids[:, :-1])
+        kept = self.run_row(self._cache, token_ids, self.cache_length, keep, self._binding)
+        self._cache.collect(self._binding)
+        return kept
+
+    def _fill(self, token_ids: TokenIds) -> None:
+        if not self.fill_row(self._cache, token_ids, self.cache_length):
+            super()._fill(token_ids)
+
+    def run_row(
+        self, cache: BindsCache, token_ids: TokenIds, past: int, keep: int, binding: Any = None
+    ) -> Logits:
+        """Runs tokens of one sequence behind a cache of one row; logits float32 [keep, vocab].
+
+        Args:
+            cache: it is not told what was run.
+            token_ids: int64 [1, sequence].
+            past: positions that are in the cache.
+            keep: logits of the last so many tokens.
+            binding: of the session, to be used again; None makes one.
+        """
+        total = past + token_ids.shape[1]
+        if keep == 1 and self.fill_row(cache, token_ids[:, :-1], past):
             token_ids, past = token_ids[:, -1:], total - 1
         positions = np.arange(past, total)[None]
         rows = np.empty((1, keep, self.vocab_size), np.float32)
         inputs = graph_inputs(token_ids, self._ones(total), positions, keep)
-        inputs |= self._rope_inputs(1) | self._attention_inputs(self._cache, positions)
-        self._run_bound(self._binding, inputs, rows, self._cache, past, total)
-        self._cache.collect(self._binding)
+        inputs |= self._rope_inputs(1) | self._attention_inputs(cache, positions)
+        binding = self._session.io_binding() if binding is None else binding
+        self._run_bound(binding, inputs, rows, cache, past, total)
         kept: Logits = rows[0]
         return kept
 
-    def _fill(self, token_ids: TokenIds) -> None:
-        if self._prompts is not None and token_ids.shape[1] > LEAST_ROWS:
-            self._run_prompt(self._prompts, token_ids)
-        else:
-            super()._fill(token_ids)
+    def fill_row(self, cache: BindsCache, token_ids: TokenIds, past: int) -> bool:
+        """Puts tokens [1, sequence] into a cache of one row by the graph that reads prompts.
+
+        Returns:
+            False where there is none, or the tokens are few; then nothing was done.
+        """
+        if self._prompts is None or token_ids.shape[1] < LEAST_ROWS:
+            return False
+        total = past + token_ids.shape[1]
+        inputs = graph_inputs(token_ids, self._ones(total), np.arange(past, total)[None], 1)
+        del inputs["num_logits_to_keep"]
+        try:
+            self._prompts.run(inputs | self._rope_inputs(1), cache, past, total)
+        except Exception as error:
+            raise not_runnable(self.bundle, error, PREFILL_FILE) from None
+        return True
 
     def _ones(self, total: int) -> NDArray[np.int64]:
         """A mask that hides nothing: [1, total]."""
         if total > self._mask.shape[1]:
             self._mask = np.ones((1, 2 * total), np.int64)
         return self._mask[:, :total]
-
-    def _run_prompt(self, prompts: PromptGraph, token_ids: TokenIds) -> None:
-        past = self.cache_length
-        total = past + token_ids.shape[1]
-        inputs = graph_inputs(token_ids, self._ones(total), np.arange(past, total)[None], 1)
-        del inputs["num_logits_to_keep"]
-        try:
-            prompts.run(inputs | self._rope_inputs(1), self._cache, past, total)
-        except Exception as error:
-            raise not_runnable(self.bundle, error, PREFILL_FILE) from None
 
     def decode_guessed(self, token_ids: Sequence[int]) -> Logits:
         """See ``Runtime``; on the CPU each token is run as a row of its own, on one cache."""

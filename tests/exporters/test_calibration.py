@@ -34,7 +34,7 @@ from tests.exporters.test_mlx_values import (
     scheme_of,
     stored,
 )
-from tests.exporters.test_onnx_graph import put_dequantized
+from tests.exporters.test_onnx_quantized import put_dequantized
 from tests.exporters.test_staging import hashes
 from tests.tiny_checkpoint import EXAMPLE, write_tiny_checkpoint
 

@@ -20,8 +20,8 @@ from qwen2x.quantize.groups import dequantize, quantize
 from qwen2x.quantize.packing import pack_bytes, pack_planes, unpack_bytes
 from qwen2x.quantize.plan import BitPlan, units_of
 from qwen2x.quantize.scheme import Scheme
-from tests.exporters.judge import judge_logits, load_judge
-from tests.exporters.test_onnx_graph import Session, random_ids, with_float_activations
+from tests.exporters.judge import Session, judge_logits, load_judge, random_ids
+from tests.exporters.test_onnx_quantized import with_float_activations
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 EIGHT = Scheme(bits=8, group_size=32)

@@ -16,11 +16,12 @@ from tests.tiny_checkpoint import EXAMPLE
 
 PROMPTS = [list(range(100, 140)), [5, 6, 7], list(range(300, 600)), [9]]
 # float32 sums in another order; with int8 activations that moves a code now and then.
-TOLERANCE = {"float": 2e-4, "int4": 0.1, "int8-cache": 5e-3}
+TOLERANCE = {"float": 2e-4, "int4": 0.1, "int8-cache": 5e-3, "int8-prompts": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "float": {},
     "int4": {"bits": 4, "method": "rtn"},
     "int8-cache": {"kv_bits": 8},
+    "int8-prompts": {"bits": 8, "prefill_int8": True},
 }
 
 
@@ -64,6 +65,33 @@ def test_sequences_that_decode_together_see_what_each_sees_alone(
         assert np.abs(np.stack(rows_of_slot) - expected).max() <= TOLERANCE[kind]
         assert slot.cached_ids == [*prompt, *tokens[:-1]]
     batch.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 4, "method": "rtn"}, {"bits": 8}, {"bits": 8, "prefill_int8": True}]
+)
+def test_in_groups_of_32_rows_are_bit_for_bit_those_of_each_alone(
+    options: dict[str, Any], make_bundle: MakeBundle
+) -> None:
+    prompts, following = [list(range(40 + size)) for size in (3, 250, 90)], list(range(100, 110))
+    with open_runtime(make_bundle(EXAMPLE, **options), threads=1) as runtime:
+        alone = []
+        for prompt in prompts:
+            runtime.reset()
+            rows = [runtime.prefill(prompt).copy()]
+            alone.append([*rows, *(runtime.decode(token).copy() for token in following)])
+        runtime.truncate(len(prompts[-1]))
+        if not np.array_equal(runtime.decode_guessed(following), alone[-1][1:]):
+            pytest.skip("this processor's products of several rows are rounded otherwise")
+        batch = open_batch(runtime, len(prompts))
+        slots = [batch.open_slot() for _ in prompts]
+        found = [[slot.prefill(ids)] for slot, ids in zip(slots, prompts, strict=True)]
+        for token in following:
+            rows = batch.decode([(slot, token) for slot in slots])
+            for row, of_slot in zip(rows, found, strict=True):
+                of_slot.append(row)
+    for expected, rows in zip(alone, found, strict=True):
+        np.testing.assert_array_equal(rows, expected)
 
 
 def test_a_batch_leaves_the_runtimes_own_cache_alone(runtime: Runtime) -> None:
