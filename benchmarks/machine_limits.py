@@ -6,8 +6,8 @@ Products are one operator alone, in the shapes of a 0.5B model's gate and up pro
 MatMul, MatMulNBits with 4 and 8 bits and int8 activations, and DynamicQuantizeMatMul with int8
 weights, which is the fastest integer product that ONNX Runtime has on a CPU. A decode step cannot
 be faster than reading the weights, a prefill not faster than its products. Products of one row go
-through as many such matrices as a model of 0.5 GB has, which no processor's cache holds, in groups of
-each size, with zero points and without.
+through 0.5 GB of such matrices, which no processor's cache holds, in groups of each size, with zero
+points and without.
 """
 
 from __future__ import annotations

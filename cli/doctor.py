@@ -34,6 +34,11 @@ class Extra:
 _ONNX, _MLX, _TORCH = (f"qwen2x.runtimes.{name}_runtime" for name in ("onnx", "mlx", "torch"))
 # Which module knows a backend's devices.
 _DEVICES = {_ONNX: "qwen2x.runtimes.onnx_provider", _MLX: _MLX}
+# Whether the second graph of export --prefill-int8 is used.
+_PROMPTS = {
+    True: "read in int8 by bundles of export --prefill-int8",
+    False: "never read in int8, whose sums overflow on this processor (it has no VNNI)",
+}
 _EXTRAS = {
     "cpu": Extra(backend=_ONNX, libraries=("onnxruntime",), purpose="runs ONNX bundles on the CPU"),
     "cuda": Extra(
@@ -77,6 +82,8 @@ def command(as_json: bool) -> None:
         if not extra["is_usable"]:
             click.echo(f"           {extra['advice']}")
     click.echo(f"  devices  {', '.join(facts['devices']) or 'none'}")
+    if facts["int8_prompts"] is not None:
+        click.echo(f"  prompts  {_PROMPTS[facts['int8_prompts']]}")
 
 
 def examine() -> dict[str, Any]:
@@ -95,12 +102,19 @@ def examine() -> dict[str, Any]:
         "cores": physical_cores(),
         "logical_cores": os.cpu_count(),
         "devices": list(dict.fromkeys(name for names in devices.values() for name in names)),
+        "int8_prompts": None if failures[_ONNX] else _reads_prompts_in_int8(),
         "backends": [name for name, module in backends.items() if failures[module] is None],
         "extras": {
             name: _state_of(name, extra, failures[extra.backend], devices.get(extra.backend, []))
             for name, extra in _EXTRAS.items()
         },
     }
+
+
+def _reads_prompts_in_int8() -> bool:
+    from qwen2x.runtimes.onnx_prefill import sums_are_exact
+
+    return sums_are_exact()
 
 
 def _failure_of(module: str) -> str | None:

@@ -8,8 +8,11 @@ Products of int8 are several times as fast as MatMulNBits where there are many r
 one scale for a row of weights, and one for a row of activations. The latter alone would lose much,
 since a few columns of Qwen2's activations are far larger than the others. So a row x is taken in
 two parts, ``scale * (first + second / 254)`` with codes of 8 bits in both, where ``scale`` is the
-row's largest number over 127: what the first leaves over is rounded once more, as finely again.
-Rows do not depend on each other.
+row's largest number over 127: the first is the whole number below, and what is left over, which is
+from 0 to 1, is rounded as finely again. Rows do not depend on each other.
+
+Rows are divided by their scales first, since rounding to one step for all numbers uses all threads,
+and to one for each row does not, nor does DequantizeLinear (onnxruntime 1.32).
 
 Where there are many rows, passes over the wide arrays between the products take as long as these.
 So gate and up are two products of the same codes, which spares a split, and up stays in units of
@@ -35,10 +38,9 @@ from qwen2x.exporters.weights import Weight
 from qwen2x.quantize.rows import LARGEST_CODE
 
 _FLOAT, _CODE = TensorProto.FLOAT, TensorProto.UINT8
-# The code that stands for 0 in activations.
-_ZERO = 128
-# Of the two parts, in units of the row's scale. Half the first step is 127 of the second.
+# Of the two parts, in units of the row's scale; and the codes that stand for 0.
 _STEPS = {"first": 1.0, "second": 1 / (2 * LARGEST_CODE)}
+_ZEROS = {"first": 128, "second": 1}
 _COARSE_BITS, _WITH_OUTLIERS = 4, "down_proj"
 # The largest number of a row of zeros.
 _LEAST = 1e-30
@@ -132,19 +134,22 @@ class _PrefillDecoder(Decoder):
         shape = graph.constant(f"/int8/flat_{weight.columns}", int64(-1, weight.columns))
         x = graph.op(f"{place}/Reshape", [x, shape], _FLOAT, size)
         scales = self._row_scales(place, x)
-        flat = graph.constant("/int8/flat", int64(-1))
-        steps = graph.op(f"{place}/steps/Reshape", [scales, flat], _FLOAT, (_ROWS,))
-        codes: dict[str, str] = {}
-        for part in self._parts[weight.name]:
-            at = f"{place}/{part}"
-            if part == "second":
-                inputs = [codes["first"], steps, self._zeros_of_rows()]
-                taken = graph.op(f"{at}/DequantizeLinear", inputs, _FLOAT, size, axis=0)
-                x = graph.op(f"{at}/Sub", [x, taken], _FLOAT, size)
-                inputs = [steps, self._step(part)]
-                steps = graph.op(f"{at}/steps/Mul", inputs, _FLOAT, (_ROWS,))
-            inputs = [x, steps, self._zeros_of_rows()]
-            codes[part] = graph.op(f"{at}/QuantizeLinear", inputs, _CODE, size, axis=0)
+        x = graph.op(f"{place}/Div", [x, scales], _FLOAT, size)
+        parts = self._parts[weight.name]
+        values = {parts[0]: x}
+        if len(parts) > 1:
+            below = graph.op(f"{place}/Floor", [x], _FLOAT, size)
+            rest = graph.op(f"{place}/second/Sub", [x, below], _FLOAT, size)
+            values = dict(zip(parts, (below, rest), strict=True))
+        codes = {
+            part: graph.op(
+                f"{place}/{part}/QuantizeLinear",
+                [value, self._step(part), self._zero(part)],
+                _CODE,
+                size,
+            )
+            for part, value in values.items()
+        }
         return _Coded(codes=codes, scales=scales)
 
     def _row_scales(self, place: str, x: str) -> str:
@@ -174,7 +179,7 @@ class _PrefillDecoder(Decoder):
         products = [
             graph.op(
                 f"{place}/{part}/MatMulIntegerToFloat",
-                [codes, turned, self._step(part), scales, self._zero()],
+                [codes, turned, self._step(part), scales, self._zero(part)],
                 _FLOAT,
                 shape,
                 domain=MICROSOFT,
@@ -200,16 +205,5 @@ class _PrefillDecoder(Decoder):
     def _step(self, part: str) -> str:
         return self.graph.constant(f"/int8/step_{part}", np.array(_STEPS[part], np.float32))
 
-    def _zero(self) -> str:
-        return self.graph.constant("/int8/zero", np.array(_ZERO, np.uint8))
-
-    def _zeros_of_rows(self) -> str:
-        """The zero point of every row: [rows]."""
-        graph, zeros = self.graph, "/int8/zeros/Expand/output_0"
-        if zeros not in self._shared:
-            self._shared.add(zeros)
-            rows = graph.op("/int8/zeros/Size", ["input_ids"], TensorProto.INT64, ())
-            axes = graph.constant("/int8/zeros/axes", int64(0))
-            rows = graph.op("/int8/zeros/Unsqueeze", [rows, axes], TensorProto.INT64, (1,))
-            graph.op("/int8/zeros/Expand", [self._zero(), rows], _CODE, (_ROWS,))
-        return zeros
+    def _zero(self, part: str) -> str:
+        return self.graph.constant(f"/int8/zero_{part}", np.array(_ZEROS[part], np.uint8))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
 
 from qwen2x.runtimes.onnx_cache import BindsCache
 from qwen2x.runtimes.onnx_session import recorded_runs
@@ -11,6 +16,35 @@ from qwen2x.runtimes.profile import GraphRun
 
 # Shorter pieces gain nothing.
 LEAST_ROWS = 32
+_LARGEST_CODE, _LARGEST_WEIGHT, _COLUMNS = 255, 127, 64
+
+
+@functools.cache
+def sums_are_exact() -> bool:
+    """Whether this processor adds products of codes of 8 bits without loss.
+
+    On x86 without VNNI, two products are added in 16 bits, where those of large codes do not fit
+    (onnxruntime's MatMulInteger of unsigned and signed codes); then a prompt is better read by the
+    graph that decodes.
+    """
+    weights = np.full((_COLUMNS, LEAST_ROWS), _LARGEST_WEIGHT, np.int8)
+    shape, whole = [LEAST_ROWS, LEAST_ROWS], TensorProto.INT32
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["codes", "weights"], ["sums"])],
+        "sums",
+        [helper.make_tensor_value_info("codes", TensorProto.UINT8, [LEAST_ROWS, _COLUMNS])],
+        [helper.make_tensor_value_info("sums", whole, shape)],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    codes = np.full((LEAST_ROWS, _COLUMNS), _LARGEST_CODE, np.uint8)
+    sums: Any = session.run(None, {"codes": codes})[0]
+    return bool((sums == _LARGEST_CODE * _LARGEST_WEIGHT * _COLUMNS).all())
 
 
 class PromptGraph:

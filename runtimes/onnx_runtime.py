@@ -28,7 +28,7 @@ from qwen2x.runtimes.onnx_cache import (
 )
 from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
-from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, PromptGraph
+from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, PromptGraph, sums_are_exact
 from qwen2x.runtimes.onnx_provider import Start, choose_device
 from qwen2x.runtimes.onnx_session import (
     GRAPH_FILE,
@@ -90,7 +90,7 @@ class OnnxRuntime(CacheBookkeeping):
         self._prompts: PromptGraph | None = None
         if self.device == "cpu":
             use_huge_pages(self.weight_bytes)
-            if bundle.has_prefill:
+            if bundle.has_prefill and sums_are_exact():
                 start = Start(device="cpu", threads=threads, record=record_folder)
                 self._prompts = PromptGraph(lambda: self._open_prompts(start))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen2x.runtimes.onnx_prefill import sums_are_exact
 from tests.cli.command import Done, run_program
 from tests.cli.conftest import Call
 
@@ -41,6 +42,9 @@ def test_doctor_sees_what_is_here(call: Call) -> None:
     assert facts["extras"]["torch"]["is_usable"] is True
     assert facts["cores"] >= 1
     text = call("doctor").out
+    exact = facts["int8_prompts"]
+    assert exact is sums_are_exact()
+    assert f"prompts  {'read in int8' if exact else 'never read in int8'}" in text
     assert "ready    [cpu]" in text
     assert "ready    [torch]" in text
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -20,10 +21,11 @@ from qwen2x.quantize.errors import BackendError, BundleError, SchemeError
 from qwen2x.quantize.groups import dequantize, quantize
 from qwen2x.quantize.rows import quantize_rows
 from qwen2x.quantize.scheme import Scheme
+from qwen2x.runtimes import onnx_runtime
 from qwen2x.runtimes.footprint import footprint_of
-from qwen2x.runtimes.onnx_prefill import LEAST_ROWS
+from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, sums_are_exact
 from qwen2x.runtimes.profile import RecordsRuns
-from qwen2x.runtimes.runtime import Runtime, open_runtime
+from qwen2x.runtimes.runtime import ReadsPromptsInInt8, Runtime, open_runtime
 from qwen2x.runtimes.tolerance import tolerance_for
 from qwen2x.runtimes.validate import validate
 from tests.packed_checkpoint import write_packed_checkpoint
@@ -283,6 +285,27 @@ def test_manifest_and_footprint_count_the_copy(bundle: Path) -> None:
     assert weights < opened.prefill_bytes < 1.2 * weights
     needs = footprint_of(opened, prompt_tokens=10, new_tokens=10)
     assert needs.weight_bytes == opened.weight_bytes + opened.prefill_bytes
+
+
+def test_where_sums_overflow_the_other_graph_reads(
+    bundle: Path,
+    make_bundle: MakeBundle,
+    random_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onnx_runtime, "sums_are_exact", lambda: False)
+    with open_runtime(bundle, threads=1) as careful:
+        assert isinstance(careful, ReadsPromptsInInt8)
+        assert not careful.reads_prompts_in_int8
+        found = careful.prefill(PROMPT)
+    with open_runtime(make_bundle(random_checkpoint), threads=1) as plain:
+        assert np.array_equal(found, plain.prefill(PROMPT))
+
+
+def test_sums_that_overflow_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    overflown = [np.full((32, 32), 32 * 32_767, np.int32)]
+    monkeypatch.setattr(ort.InferenceSession, "run", lambda *_: overflown)
+    assert not sums_are_exact.__wrapped__()
 
 
 def test_a_missing_graph_is_told(bundle: Path, tmp_path: Path) -> None:
