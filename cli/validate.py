@@ -126,8 +126,8 @@ def print_report(bundle: Path, report: Report) -> None:
             ("perplexity", f"{found.perplexity:.4f}, {_reference_name(report)} "
                            f"{found.perplexity_reference:.4f}"),
             ("bits per weight", f"{facts['bits_per_weight']:.2f} ({facts['scheme']})"),
-            ("text behind guesses", "the same in every case" if facts["guesses_are_exact"]
-                                    else "another where two tokens are very close"),
+            ("behind guesses", "every bit is the same" if facts["guesses_are_exact"]
+                               else "rounded otherwise, which matters where two tokens are close"),
         ]
     )  # fmt: skip
     for check in report.checks:

@@ -23,12 +23,12 @@ _PRESET_LAYERS, _PRESET_HEAD, _PRESET_NARROW_HEAD = 4.5, 6.5, 8.3
 # The same with --prefer speed, of all weights.
 _FAST_PRESET = 5.0
 # What compensated rounding leaves of the loss of plain rounding to 4 bits in groups of 32, on the
-# 0.5B checkpoint and text that nothing was fitted to. An embedding is not compensated. In groups of
-# 128 more of the loss is made up for.
+# 0.5B checkpoint and text that nothing was fitted to. An embedding is not compensated. In larger
+# groups more of the loss is made up for.
 _COMPENSATED = {
     "qkv_proj": 0.45, "o_proj": 0.3, "gate_up_proj": 0.63, "down_proj": 0.7, "lm_head": 0.45,
 }  # fmt: skip
-_COMPENSATED_IN_GROUPS = {32: 1.0, 128: 0.8}
+_COMPENSATED_IN_GROUPS = {32: 1.0, 64: 0.9, 128: 0.8}
 # CPU kernels round activations to 8 bits too, in groups as large as the weights': what that costs
 # in groups of 32, relative to the loss of weights in 8 bits and such groups (the 0.5B checkpoint).
 # It grows with the size.
@@ -47,15 +47,16 @@ _ATTEMPTS = 10
 
 # Between which plans may choose: closest in groups of 32, fastest in groups of 128.
 SCHEMES = (
-    *(Scheme(bits=4, group_size=size) for size in (32, 128)),
+    *(Scheme(bits=4, group_size=size) for size in GROUP_SIZES),
     *(Scheme(bits=4, group_size=size, is_symmetric=False) for size in (32, 128)),
     Scheme(bits=6, group_size=32),
     *(Scheme(bits=8, group_size=size) for size in GROUP_SIZES),
 )
-# For quality: products of several rows give the very numbers of one row in these alone, on the CPU
-# (docs/speculation.md), so that a text is the same in a batch and behind guesses. Larger ones would
-# gain a tenth of the loss at best; budgets below 4.5 bits take them nevertheless.
+# The largest of which products of several rows give the very numbers of one row, on the CPU
+# (docs/speculation.md), so that a text is the same in a batch and behind guesses. A plan for
+# quality has no larger ones, unless it would lose so much less with them, as few bits do.
 _ALIKE = {4: 32, 6: 32, 8: 64}
+_CLOSER = 0.85
 
 
 def plan_within_budget(
@@ -73,27 +74,16 @@ def plan_within_budget(
         SchemeError: the budget is less than the smallest schemes take.
     """
     budget = _Budget(config=config, options=options, make_plan=make_plan)
-    offers = _offers(config, losses, options)
-    smallest = budget.plan(_smallest(offers))
-    if budget.excess(smallest) > 0:
-        offers = _offers(config, losses, options, in_any_groups=True)
-        smallest = budget.plan(_smallest(offers))
-    budget.require_possible(smallest)
-    least = (min(offer.bytes for offer in of_unit) for of_unit in offers.values())
-    low, high = sum(least), budget.bytes
-    best = smallest
-    for attempt in range(_ATTEMPTS):
-        middle = high if attempt == 0 else (low + high) / 2
-        if middle < low:
-            break
-        plan = budget.plan(spend(offers, middle))
-        if budget.excess(plan) > 0:
-            high = middle
-            continue
-        best, low = plan, middle
-        if attempt == 0:
-            break
-    return best
+    alike = budget.best(_offers(config, losses, options))
+    if alike is not None and options.prefer == "speed":
+        return alike.plan
+    best = budget.best(_offers(config, losses, options, in_any_groups=True))
+    if best is None:
+        smallest = _smallest(_offers(config, losses, options, in_any_groups=True))
+        raise budget.refusal(budget.plan(smallest))
+    if alike is not None and best.loss > _CLOSER * alike.loss:
+        return alike.plan
+    return best.plan
 
 
 def typical_losses(config: Qwen2Config, schemes: Sequence[Scheme]) -> Losses:
@@ -124,7 +114,7 @@ def _typical_error(scheme: Scheme) -> float:
         return 0.002
     # Two bits more are a quarter of each weight's error.
     share = 1 if scheme.bits == 4 else 1 / 16
-    error = share * {32: 0.75, 128: 1.33}[scheme.group_size]
+    error = share * {32: 0.75, 64: 1.0, 128: 1.33}[scheme.group_size]
     return error if scheme.is_symmetric else 0.9 * error
 
 
@@ -243,16 +233,51 @@ class _Budget:
             return (bits_per_weight(plan.weights) - self.options.bits_per_weight) * parameters / 8
         return 0.0
 
-    def require_possible(self, smallest: Plan) -> None:
-        if self.excess(smallest) <= 0:
-            return
+    def best(self, offers: Mapping[str, Sequence[Offer]]) -> _Best | None:
+        """Of the offers within the budget those of least loss; None where none are."""
+        plan = self.plan(_smallest(offers))
+        if self.excess(plan) > 0:
+            return None
+        chosen = _smallest(offers)
+        low = sum(min(offer.bytes for offer in of_unit) for of_unit in offers.values())
+        high = self.bytes
+        for attempt in range(_ATTEMPTS):
+            middle = high if attempt == 0 else (low + high) / 2
+            if middle < low:
+                break
+            schemes = spend(offers, middle)
+            found = self.plan(schemes)
+            if self.excess(found) > 0:
+                high = middle
+                continue
+            plan, chosen, low = found, schemes, middle
+            if attempt == 0:
+                break
+        loss = sum(
+            offer.loss
+            for unit, of_unit in offers.items()
+            for offer in of_unit
+            if offer.scheme == chosen[unit]
+        )
+        return _Best(plan=plan, loss=loss)
+
+    def refusal(self, smallest: Plan) -> SchemeError:
+        """That this plan, of which there is no smaller one, takes more."""
         if self.options.max_bytes is not None:
             least = f"--max-bytes {_model_bytes(smallest)}"
             given = f"--max-bytes {self.options.max_bytes}"
         else:
             least = f"--bits-per-weight {math.ceil(100 * bits_per_weight(smallest.weights)) / 100}"
             given = f"--bits-per-weight {self.options.bits_per_weight}"
-        raise SchemeError(f"{given} cannot be met; this model needs {least} or more")
+        return SchemeError(f"{given} cannot be met; this model needs {least} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Best:
+    """A plan, and what it is expected to lose."""
+
+    plan: Plan
+    loss: float
 
 
 def _model_bytes(plan: Plan) -> int:

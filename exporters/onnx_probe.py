@@ -1,6 +1,7 @@
 """A bundle's graph changed to look into it: layers as outputs, or one rotary table alone.
 
-The graph alone is read, changed in memory and handed out as bytes; its weights stay on disk.
+The graph alone is read, changed in memory and handed out as bytes; its weights stay on disk. And a
+graph of its own, which looks into the processor.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import re
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import ValueInfoProto
+from onnx import TensorProto, ValueInfoProto, helper, numpy_helper
 
 from qwen2x.quantize.errors import BundleError
 
@@ -20,6 +22,24 @@ _SUM = re.compile(
     r"/model/(?:layers\.(\d+)/input_layernorm|norm)"
     r"/(?:SkipSimplifiedLayerNormalization/output_3|Add/output_0)"
 )
+
+
+# Of codes of 8 bits in activations, and of int8 weights.
+LARGEST_CODE, LARGEST_WEIGHT = 255, 127
+
+
+def largest_sums(rows: int, columns: int) -> bytes:
+    """A graph that multiplies uint8 codes [rows, columns] by the largest weights, in int32."""
+    weights = np.full((columns, rows), LARGEST_WEIGHT, np.int8)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["codes", "weights"], ["sums"])],
+        "sums",
+        [helper.make_tensor_value_info("codes", TensorProto.UINT8, [rows, columns])],
+        [helper.make_tensor_value_info("sums", TensorProto.INT32, [rows, rows])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return bytes(model.SerializeToString())
 
 
 def plain_graph(path: Path) -> bytes:

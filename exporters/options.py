@@ -214,13 +214,12 @@ class Options:
 
         With 4 bits there, the 0.5B checkpoint's divergence from PyTorch is nearly twice as large,
         for a sixth fewer bytes. Groups of 64 where they fit, of which products of several rows give
-        the numbers of one row, for speed of 128: at 8 bits smaller ones gain little.
+        the numbers of one row: at 8 bits smaller ones gain little.
         """
         if self.scheme is None or self.bits == 8:
             return self.scheme
-        size = 128 if self.prefer == "speed" else 64
-        fits = config.hidden_size % size == 0
-        return Scheme(bits=8, group_size=size if fits else self.scheme.group_size)
+        fits = config.hidden_size % 64 == 0
+        return Scheme(bits=8, group_size=64 if fits else self.scheme.group_size)
 
     def _robust_scheme(self, config: Qwen2Config) -> Scheme | None:
         """Of gate and up with 8 bits: groups of 64, unless a size was asked for.

@@ -109,21 +109,27 @@ def spend(offers: Mapping[str, Sequence[Offer]], budget: float) -> dict[str, Sch
     Raises:
         SchemeError: the smallest offers are together larger.
     """
-    least = sum(min(offer.bytes for offer in of_unit) for of_unit in offers.values())
-    if least > budget:
-        raise SchemeError(f"expected at least {least:.0f} bytes, got {budget:.0f}")
-    largest = max(offers, key=lambda unit: min(offer.bytes for offer in offers[unit]))
+    largest = max(offers, key=lambda unit: _size_and_stake(offers[unit]))
     rest = {unit: _ladder(of_unit) for unit, of_unit in offers.items() if unit != largest}
-    least -= min(offer.bytes for offer in offers[largest])
+    least = sum(ladder[0].bytes for ladder in rest.values())
+    fitting = [offer for offer in offers[largest] if least + offer.bytes <= budget]
+    if not fitting:
+        least += min(offer.bytes for offer in offers[largest])
+        raise SchemeError(f"expected at least {least:.0f} bytes, got {budget:.0f}")
     chosen = min(
-        (
-            _spend(rest, budget - offer.bytes) | {largest: offer}
-            for offer in offers[largest]
-            if least + offer.bytes <= budget
+        (_spend(rest, budget - offer.bytes) | {largest: offer} for offer in fitting),
+        key=lambda plan: (
+            sum(offer.loss for offer in plan.values()),
+            sum(offer.bytes for offer in plan.values()),
         ),
-        key=lambda plan: sum(offer.loss for offer in plan.values()),
     )
     return {unit: chosen[unit].scheme for unit in offers}
+
+
+def _size_and_stake(offers: Sequence[Offer]) -> tuple[float, float]:
+    """The bytes of a unit at least, and what there is to lose by it."""
+    losses = [offer.loss for offer in offers]
+    return min(offer.bytes for offer in offers), max(losses) - min(losses)
 
 
 def _spend(ladders: Mapping[str, list[Offer]], budget: float) -> dict[str, Offer]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnx import TensorProto, helper, numpy_helper
 
+from qwen2x.exporters.onnx_probe import LARGEST_CODE, LARGEST_WEIGHT, largest_sums
 from qwen2x.runtimes.onnx_cache import BindsCache
 from qwen2x.runtimes.onnx_session import recorded_runs
 from qwen2x.runtimes.profile import GraphRun
 
 # Shorter pieces gain nothing.
 LEAST_ROWS = 32
-_LARGEST_CODE, _LARGEST_WEIGHT, _COLUMNS = 255, 127, 64
+_COLUMNS = 64
 
 
 @functools.cache
@@ -27,24 +28,14 @@ def sums_are_exact() -> bool:
     (onnxruntime's MatMulInteger of unsigned and signed codes); then a prompt is better read by the
     graph that decodes.
     """
-    weights = np.full((_COLUMNS, LEAST_ROWS), _LARGEST_WEIGHT, np.int8)
-    shape, whole = [LEAST_ROWS, LEAST_ROWS], TensorProto.INT32
-    graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["codes", "weights"], ["sums"])],
-        "sums",
-        [helper.make_tensor_value_info("codes", TensorProto.UINT8, [LEAST_ROWS, _COLUMNS])],
-        [helper.make_tensor_value_info("sums", whole, shape)],
-        [numpy_helper.from_array(weights, "weights")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        largest_sums(LEAST_ROWS, _COLUMNS), options, providers=["CPUExecutionProvider"]
     )
-    codes = np.full((LEAST_ROWS, _COLUMNS), _LARGEST_CODE, np.uint8)
+    codes = np.full((LEAST_ROWS, _COLUMNS), LARGEST_CODE, np.uint8)
     sums: Any = session.run(None, {"codes": codes})[0]
-    return bool((sums == _LARGEST_CODE * _LARGEST_WEIGHT * _COLUMNS).all())
+    return bool((sums == LARGEST_CODE * LARGEST_WEIGHT * _COLUMNS).all())
 
 
 class PromptGraph:
@@ -54,6 +45,7 @@ class PromptGraph:
         self._open = open_session
         self._session: Any = None
         self._binding: Any = None
+        self._bound_to: weakref.ref[BindsCache] | None = None
 
     def run(self, inputs: dict[str, Any], cache: BindsCache, past: int, total: int) -> None:
         """Puts keys and values of the tokens behind those of ``past`` positions.
@@ -66,7 +58,10 @@ class PromptGraph:
         """
         if self._session is None:
             self._session = self._open()
+        if self._bound_to is None or self._bound_to() is not cache:
+            # A cache that is bound already may not bind itself again, whoever was bound since.
             self._binding = self._session.io_binding()
+            self._bound_to = weakref.ref(cache)
         for name, value in inputs.items():
             self._binding.bind_ortvalue_input(name, value)
         cache.bind(self._binding, past, total)
@@ -78,5 +73,4 @@ class PromptGraph:
 
     def forget(self) -> None:
         """Lets go of the cache's memory, which a binding would hold."""
-        if self._session is not None:
-            self._binding = self._session.io_binding()
+        self._binding = self._bound_to = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,8 +19,8 @@ from qwen2x.runtimes.tolerance import Tolerance
 _PROBE = 48
 _GREEDY_TOKENS = 32
 _CHUNK = 13
-# Rows of a pass over guessed tokens: no multiple of the rows that kernels take together.
-_GUESSED = 5
+# Rows of passes over guessed tokens, the longest among them: kernels take several together.
+_GUESSED = (5, 16, 2)
 # A greedy choice between two tokens whose logits are this close is a tie, which summing in another
 # order may break the other way.
 _TIE = 1e-3
@@ -230,11 +231,15 @@ def _by_chunks(runtime: Runtime, probe: list[int]) -> Logits:
 
 
 def _by_guesses(runtime: Runtime, probe: list[int]) -> Logits:
-    """In passes of a few tokens behind the first one, as guessed tokens are run."""
+    """In passes of several tokens behind the first one, as guessed tokens are run."""
     runtime.reset()
     rows = [runtime.decode(probe[0])[None].copy()]
-    for start in range(1, len(probe), _GUESSED):
-        rows.append(runtime.decode_guessed(probe[start : start + _GUESSED]).copy())
+    done = 1
+    for count in itertools.cycle(_GUESSED):
+        if done >= len(probe):
+            break
+        rows.append(runtime.decode_guessed(probe[done : done + count]).copy())
+        done += count
     return np.concatenate(rows)
 
 

@@ -83,6 +83,14 @@ def test_a_head_is_paid_for_where_that_is_better_than_many_small_steps() -> None
     assert chosen == dict.fromkeys(small, SCHEMES[0]) | {"head": SCHEMES[1]}
 
 
+def test_of_two_tables_of_one_size_that_is_weighed_which_loses_more() -> None:
+    small = {f"layer {number}": offers((10, 2.0), (12, 1.0)) for number in range(3)}
+    tables = {"embedding": offers((20, 0.2), (30, 0.1)), "head": offers((20, 5.0), (30, 0.5))}
+    chosen = spend({**tables, **small}, 80)
+    assert chosen["head"] == SCHEMES[1]
+    assert chosen["embedding"] == SCHEMES[0]
+
+
 def test_an_offer_that_is_larger_and_no_better_is_never_taken() -> None:
     chosen = spend({"unit": offers((10, 1.0), (12, 1.0), (14, 2.0), (20, 1.0))}, 100)
     assert chosen == {"unit": SCHEMES[0]}
