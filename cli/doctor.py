@@ -112,7 +112,7 @@ def examine() -> dict[str, Any]:
 
 
 def _reads_prompts_in_int8() -> bool:
-    from qwen2x.runtimes.onnx_prefill import sums_are_exact
+    from qwen2x.runtimes.onnx_provider import sums_are_exact
 
     return sums_are_exact()
 

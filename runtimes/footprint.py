@@ -128,7 +128,7 @@ def footprint_of(
         new_tokens=chosen.max_tokens,
         rope_factor=chosen.factor,
         max_context=bundle.rope_contexts[chosen.factor],
-        weight_bytes=bundle.weight_bytes + bundle.prefill_bytes,
+        weight_bytes=bundle.weight_bytes + memory.prompt_bytes(bundle),
         chunking=Chunking(most=prefill_chunk, memory_bytes=prefill_memory, needs=needs),
         free_bytes=memory.free_bytes(place),
     )

@@ -38,3 +38,8 @@ def needs_of(bundle: Bundle, device: str, kv_bits: int | None) -> MemoryNeeds:
         per_token=activation_bytes(bundle),
         per_score=score * bundle.model_config.num_attention_heads,
     )
+
+
+def prompt_bytes(bundle: Bundle) -> int:
+    """There is no second graph."""
+    return 0

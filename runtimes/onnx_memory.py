@@ -9,6 +9,7 @@ from qwen2x.exporters.bundle import Bundle
 from qwen2x.runtimes import device_memory
 from qwen2x.runtimes.memory import free_host_bytes
 from qwen2x.runtimes.memory_needs import MemoryNeeds, activation_bytes
+from qwen2x.runtimes.onnx_provider import sums_are_exact
 
 _BYTES = {name: np.dtype(name).itemsize for name in ("float32", "float16", "int8")} | {
     "bfloat16": np.dtype(bfloat16).itemsize
@@ -40,3 +41,8 @@ def planned_device(bundle: Bundle, device: str) -> str:
 def free_bytes(device: str) -> int | None:
     """Memory for a cache; None where nobody says."""
     return free_host_bytes() if device == "cpu" else device_memory.free_bytes()
+
+
+def prompt_bytes(bundle: Bundle) -> int:
+    """Of the weights of the graph that reads prompts, where it is used."""
+    return bundle.prefill_bytes if bundle.has_prefill and sums_are_exact() else 0

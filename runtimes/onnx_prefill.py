@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import onnxruntime as ort
-
-from qwen2x.exporters.onnx_probe import LARGEST_CODE, LARGEST_WEIGHT, largest_sums
 from qwen2x.runtimes.onnx_cache import BindsCache
 from qwen2x.runtimes.onnx_session import recorded_runs
 from qwen2x.runtimes.profile import GraphRun
 
 # Shorter pieces gain nothing.
 LEAST_ROWS = 32
-_COLUMNS = 64
-
-
-@functools.cache
-def sums_are_exact() -> bool:
-    """Whether this processor adds products of codes of 8 bits without loss.
-
-    On x86 without VNNI, two products are added in 16 bits, where those of large codes do not fit
-    (onnxruntime's MatMulInteger of unsigned and signed codes); then a prompt is better read by the
-    graph that decodes.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(
-        largest_sums(LEAST_ROWS, _COLUMNS), options, providers=["CPUExecutionProvider"]
-    )
-    codes = np.full((LEAST_ROWS, _COLUMNS), LARGEST_CODE, np.uint8)
-    sums: Any = session.run(None, {"codes": codes})[0]
-    return bool((sums == LARGEST_CODE * LARGEST_WEIGHT * _COLUMNS).all())
 
 
 class PromptGraph:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from qwen2x.exporters.bundle import Bundle
+from qwen2x.exporters.onnx_probe import LARGEST_CODE, LARGEST_WEIGHT, largest_sums
 from qwen2x.quantize.errors import BackendError
 
 
@@ -101,3 +105,22 @@ def choose_device(bundle: Bundle, device: str) -> str:
             "export it again with --device cpu"
         )
     return device
+
+
+@functools.cache
+def sums_are_exact() -> bool:
+    """Whether this processor adds products of codes of 8 bits without loss.
+
+    On x86 without VNNI, two products are added in 16 bits, where those of large codes do not fit
+    (onnxruntime's MatMulInteger of unsigned and signed codes); then a prompt is better read by the
+    graph that decodes.
+    """
+    rows, columns = 32, 64
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(
+        largest_sums(rows, columns), options, providers=["CPUExecutionProvider"]
+    )
+    codes = np.full((rows, columns), LARGEST_CODE, np.uint8)
+    sums: Any = session.run(None, {"codes": codes})[0]
+    return bool((sums == LARGEST_CODE * LARGEST_WEIGHT * columns).all())

@@ -28,8 +28,8 @@ from qwen2x.runtimes.onnx_cache import (
 )
 from qwen2x.runtimes.onnx_memory import needs_of
 from qwen2x.runtimes.onnx_mirror import MirroredCache, can_mirror
-from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, PromptGraph, sums_are_exact
-from qwen2x.runtimes.onnx_provider import Start, choose_device
+from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, PromptGraph
+from qwen2x.runtimes.onnx_provider import Start, choose_device, sums_are_exact
 from qwen2x.runtimes.onnx_session import (
     GRAPH_FILE,
     not_runnable,

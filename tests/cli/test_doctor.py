@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen2x.runtimes.onnx_prefill import sums_are_exact
+from qwen2x.runtimes.onnx_provider import sums_are_exact
 from tests.cli.command import Done, run_program
 from tests.cli.conftest import Call
 

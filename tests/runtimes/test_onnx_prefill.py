@@ -23,7 +23,8 @@ from qwen2x.quantize.rows import quantize_rows
 from qwen2x.quantize.scheme import Scheme
 from qwen2x.runtimes import onnx_runtime
 from qwen2x.runtimes.footprint import footprint_of
-from qwen2x.runtimes.onnx_prefill import LEAST_ROWS, sums_are_exact
+from qwen2x.runtimes.onnx_prefill import LEAST_ROWS
+from qwen2x.runtimes.onnx_provider import sums_are_exact
 from qwen2x.runtimes.profile import RecordsRuns
 from qwen2x.runtimes.runtime import ReadsPromptsInInt8, Runtime, open_runtime
 from qwen2x.runtimes.tolerance import tolerance_for
