@@ -42,6 +42,15 @@ from tests.foreign.environments import CannotInstallError, open_environment
 OURS: dict[str, tuple[str, ...]] = {
     "qwen2x for speed, 4 bits": ("--bits", "4", "--prefer", "speed", "--prefill-int8"),
     "qwen2x 4 bits": ("--bits", "4", "--prefill-int8"),
+    "qwen2x 4 bits, groups of 32": (
+        "--bits",
+        "4",
+        "--group-size",
+        "32",
+        "--method",
+        "gptq",
+        "--prefill-int8",
+    ),
     "qwen2x for speed, 455 MB": (
         "--max-bytes",
         "455000000",

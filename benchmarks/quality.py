@@ -64,7 +64,7 @@ OURS: dict[str, tuple[str, ...]] = {
     "qwen2x 8 bits": ("--bits", "8"),
     "qwen2x for speed, 8 bits": ("--bits", "8", "--prefer", "speed"),
     "qwen2x onnx int4 g32": ("--bits", "4", "--group-size", "32", "--method", "rtn"),
-    "qwen2x onnx int4 g32 gptq": ("--bits", "4", "--group-size", "32", "--method", "gptq"),
+    "qwen2x 4 bits, groups of 32": ("--bits", "4", "--group-size", "32", "--method", "gptq"),
     "qwen2x onnx int4 g64": ("--bits", "4", "--group-size", "64", "--method", "rtn"),
     "qwen2x onnx int4 g128": ("--bits", "4", "--group-size", "128", "--method", "rtn"),
     "qwen2x onnx int8 g32": ("--bits", "8", "--group-size", "32"),

@@ -54,8 +54,8 @@ quantize_options = _together(
     click.option(
         "--group-size",
         type=click.Choice(["32", "64", "128"]),
-        help="Weights that share a scale. Default: 32, with 8 bits also 64; with --prefer speed "
-        "128.",
+        help="Weights that share a scale. Default: what measurements say for 4 bits, else 32 (64 "
+        "for gate and up).",
     ),
     click.option(
         "--dtype",

@@ -45,18 +45,13 @@ _TYPICAL = {
 _ATTEMPTS = 10
 
 
-# Between which plans may choose: closest in groups of 32, fastest in groups of 128.
+# Between which plans may choose; of 8 bits, whose groups gain little, two sizes.
 SCHEMES = (
     *(Scheme(bits=4, group_size=size) for size in GROUP_SIZES),
-    *(Scheme(bits=4, group_size=size, is_symmetric=False) for size in (32, 128)),
-    Scheme(bits=6, group_size=32),
-    *(Scheme(bits=8, group_size=size) for size in GROUP_SIZES),
+    *(Scheme(bits=4, group_size=size, is_symmetric=False) for size in GROUP_SIZES),
+    *(Scheme(bits=6, group_size=size) for size in GROUP_SIZES),
+    *(Scheme(bits=8, group_size=size) for size in (32, 128)),
 )
-# The largest of which products of several rows give the very numbers of one row, on the CPU
-# (docs/speculation.md), so that a text is the same in a batch and behind guesses. A plan for
-# quality has no larger ones, unless it would lose so much less with them, as few bits do.
-_ALIKE = {4: 32, 6: 32, 8: 64}
-_CLOSER = 0.85
 
 
 def plan_within_budget(
@@ -74,16 +69,24 @@ def plan_within_budget(
         SchemeError: the budget is less than the smallest schemes take.
     """
     budget = _Budget(config=config, options=options, make_plan=make_plan)
-    alike = budget.best(_offers(config, losses, options))
-    if alike is not None and options.prefer == "speed":
-        return alike.plan
-    best = budget.best(_offers(config, losses, options, in_any_groups=True))
-    if best is None:
-        smallest = _smallest(_offers(config, losses, options, in_any_groups=True))
-        raise budget.refusal(budget.plan(smallest))
-    if alike is not None and best.loss > _CLOSER * alike.loss:
-        return alike.plan
-    return best.plan
+    offers = _offers(config, losses, options)
+    least = {unit: min(of_unit, key=lambda offer: offer.bytes) for unit, of_unit in offers.items()}
+    smallest = budget.plan({unit: offer.scheme for unit, offer in least.items()})
+    budget.require_possible(smallest)
+    low, high = sum(offer.bytes for offer in least.values()), budget.bytes
+    best = smallest
+    for attempt in range(_ATTEMPTS):
+        middle = high if attempt == 0 else (low + high) / 2
+        if middle < low:
+            break
+        plan = budget.plan(spend(offers, middle))
+        if budget.excess(plan) > 0:
+            high = middle
+            continue
+        best, low = plan, middle
+        if attempt == 0:
+            break
+    return best
 
 
 def typical_losses(config: Qwen2Config, schemes: Sequence[Scheme]) -> Losses:
@@ -128,16 +131,7 @@ def parameters_of_units(config: Qwen2Config) -> dict[str, int]:
     return parameters
 
 
-def _smallest(offers: Mapping[str, Sequence[Offer]]) -> dict[str, Scheme]:
-    return {
-        unit: min(of_unit, key=lambda offer: offer.bytes).scheme for unit, of_unit in offers.items()
-    }
-
-
-def _offers(
-    config: Qwen2Config, losses: Losses, options: Options, *, in_any_groups: bool = False
-) -> dict[str, list[Offer]]:
-    """By unit, of the schemes that suit what the options prefer."""
+def _offers(config: Qwen2Config, losses: Losses, options: Options) -> dict[str, list[Offer]]:
     offers: dict[str, list[Offer]] = {}
     for unit, parameters in parameters_of_units(config).items():
         of_unit: list[Offer] = []
@@ -147,8 +141,6 @@ def _offers(
         offered = [scheme for scheme in losses[unit] if _is_offered(unit, scheme, options)]
         if options.prefer == "speed":
             offered = _fastest(offered)
-        elif not in_any_groups:
-            offered = [each for each in offered if each.group_size <= _ALIKE[each.bits]]
         for scheme in offered:
             loss = sum(
                 losses[part][scheme] * _kept(part, scheme, options)
@@ -171,7 +163,7 @@ def _is_offered(unit: str, scheme: Scheme, options: Options) -> bool:
 def _fastest(schemes: Sequence[Scheme]) -> list[Scheme]:
     """Those of a kind in the largest groups that the columns allow; no 6 bits, two products.
 
-    In groups of 64 products take a sixth longer than in groups of 128, for 3 % of the bytes
+    In groups of 64 products take an eighth longer than in groups of 128, for 3 % of the bytes
     (``benchmarks/machine_limits.py``).
     """
     largest: dict[tuple[int, bool], Scheme] = {}
@@ -233,51 +225,16 @@ class _Budget:
             return (bits_per_weight(plan.weights) - self.options.bits_per_weight) * parameters / 8
         return 0.0
 
-    def best(self, offers: Mapping[str, Sequence[Offer]]) -> _Best | None:
-        """Of the offers within the budget those of least loss; None where none are."""
-        plan = self.plan(_smallest(offers))
-        if self.excess(plan) > 0:
-            return None
-        chosen = _smallest(offers)
-        low = sum(min(offer.bytes for offer in of_unit) for of_unit in offers.values())
-        high = self.bytes
-        for attempt in range(_ATTEMPTS):
-            middle = high if attempt == 0 else (low + high) / 2
-            if middle < low:
-                break
-            schemes = spend(offers, middle)
-            found = self.plan(schemes)
-            if self.excess(found) > 0:
-                high = middle
-                continue
-            plan, chosen, low = found, schemes, middle
-            if attempt == 0:
-                break
-        loss = sum(
-            offer.loss
-            for unit, of_unit in offers.items()
-            for offer in of_unit
-            if offer.scheme == chosen[unit]
-        )
-        return _Best(plan=plan, loss=loss)
-
-    def refusal(self, smallest: Plan) -> SchemeError:
-        """That this plan, of which there is no smaller one, takes more."""
+    def require_possible(self, smallest: Plan) -> None:
+        if self.excess(smallest) <= 0:
+            return
         if self.options.max_bytes is not None:
             least = f"--max-bytes {_model_bytes(smallest)}"
             given = f"--max-bytes {self.options.max_bytes}"
         else:
             least = f"--bits-per-weight {math.ceil(100 * bits_per_weight(smallest.weights)) / 100}"
             given = f"--bits-per-weight {self.options.bits_per_weight}"
-        return SchemeError(f"{given} cannot be met; this model needs {least} or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Best:
-    """A plan, and what it is expected to lose."""
-
-    plan: Plan
-    loss: float
+        raise SchemeError(f"{given} cannot be met; this model needs {least} or more")
 
 
 def _model_bytes(plan: Plan) -> int:

@@ -38,7 +38,8 @@ class Options:
             for every device.
         dtype: float type of what is not quantized, and of activations; None is the target's choice.
         bits: 4 or 8, or None for floats (or for what a budget decides).
-        group_size: weights that share a scale; None is 32, with 8 bits also 64, and for speed 128.
+        group_size: weights that share a scale; None leaves it to a plan (with 4 bits) or is 32, and
+            64 for gate and up with 8 bits.
         bits_per_weight: a budget of all stored bytes over all weights, which a plan of 4 and 8 bits
             spends.
         max_bytes: the same, for weights and what describes them to their runtime.

@@ -25,7 +25,6 @@ from qwen2x.exporters.weights import bits_per_weight
 from qwen2x.quantize.errors import SchemeError
 from qwen2x.quantize.plan import units_of
 from qwen2x.quantize.scheme import Scheme
-from qwen2x.quantize.sensitivity import probing_scheme
 from tests.exporters.children import run_child
 from tests.exporters.test_staging import hashes
 from tests.tiny_checkpoint import EXAMPLE, write_tiny_checkpoint
@@ -204,22 +203,6 @@ def test_a_budget_that_cannot_be_met_says_the_least_that_can(
     with pytest.raises(SchemeError) as caught:
         plan_export(config_of(HALF_B), Options(**options))
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("target", "bits"), [("onnx", 4.3), ("mlx", 4.6), ("onnx", 4.5), ("onnx", 5.0)]
-)
-def test_few_bits_are_planned_with_what_is_measured_too(target: str, bits: float) -> None:
-    config, options = config_of(HALF_B), Options(target=target, bits_per_weight=bits)
-    # Every matrix is measured in this scheme, whatever plans choose from.
-    schemes = dict.fromkeys((*SCHEMES, probing_scheme(config.hidden_size)))
-    losses = typical_losses(config, list(schemes))
-    plan = plan_within_budget(
-        config, options, losses, lambda bit_plan: plan_export(config, options, bit_plan)
-    )
-    assert bits_per_weight(plan.weights) <= bits
-    sizes = {(each.bits, each.group_size) for each in plan.bit_plan.schemes.values() if each}
-    assert any(size == 128 for _, size in sizes) is (bits < 5.0 and (target, bits) != ("onnx", 4.5))
 
 
 def test_the_least_that_can_be_met_can_be_met() -> None:
