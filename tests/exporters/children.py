@@ -29,6 +29,16 @@ def die():
 def run(**more):
     return export(source, out=out, **options, **more)
 """
+# Exports onto a disk whose free room it is not told, and says what is left.
+FILLS_THE_DISK = """
+import shutil
+real = shutil.disk_usage
+shutil.disk_usage = lambda path: real("/")
+try:
+    run()
+except InputError as error:
+    print(json.dumps([str(error), os.listdir(Path(out).parent)]))
+"""
 
 
 def child(program: str, source: Path, out: Path, **options: Any) -> list[str]:

@@ -23,7 +23,7 @@ from qwen2x.exporters.checkpoint import open_checkpoint
 from qwen2x.exporters.config import read_config
 from qwen2x.exporters.exporter import export, plan_export
 from qwen2x.exporters.options import Options
-from tests.exporters.children import can_mount, run_child
+from tests.exporters.children import FILLS_THE_DISK, can_mount, run_child
 from tests.exporters.judge import load_judge
 from tests.exporters.test_memory import PROGRAM
 from tests.exporters.test_mlx_values import (
@@ -68,13 +68,6 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own_source(tmp_path: Path) -> Path:
     return write_tiny_checkpoint(tmp_path / "own-source")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    folder = tmp_path / "bundles"
-    folder.mkdir()
-    return folder / "bundle"
 
 
 class Stopped(BaseException):
@@ -423,16 +416,7 @@ def test_the_plan_foretells_the_peak_of_the_built_in_texts(tmp_path: Path) -> No
 def test_a_full_disk_leaves_nothing_behind(own_source: Path, out: Path, tmp_path: Path) -> None:
     if not can_mount(tmp_path / "mounted"):
         pytest.skip("this user may not mount a disk")
-    program = """
-import shutil
-real = shutil.disk_usage
-shutil.disk_usage = lambda path: real("/")
-try:
-    run()
-except InputError as error:
-    print(json.dumps([str(error), os.listdir(Path(out).parent)]))
-"""
-    done = run_child(program, own_source, out, on_disk="size=2m", **GPTQ)
+    done = run_child(FILLS_THE_DISK, own_source, out, on_disk="size=2m", **GPTQ)
     assert done.returncode == 0, done.stderr
     message, left = json.loads(done.stdout)
     assert "the disk is full; make room" in message

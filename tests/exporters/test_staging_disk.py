@@ -17,7 +17,7 @@ from qwen2x.exporters import weight_writer
 from qwen2x.exporters.bundle import open_bundle
 from qwen2x.exporters.exporter import export
 from qwen2x.quantize.errors import BundleError, InputError
-from tests.exporters.children import can_mount, run_child
+from tests.exporters.children import FILLS_THE_DISK, can_mount, run_child
 from tests.exporters.refusal import listing, refused_export
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -33,16 +33,7 @@ def _disk(tmp_path: Path) -> None:
 def test_a_disk_that_is_really_full_leaves_nothing_behind(
     bits: int | None, source: Path, out: Path
 ) -> None:
-    program = """
-import shutil
-real = shutil.disk_usage
-shutil.disk_usage = lambda path: real("/")
-try:
-    run()
-except InputError as error:
-    print(json.dumps([str(error), os.listdir(Path(out).parent)]))
-"""
-    done = run_child(program, source, out, on_disk="size=256k", bits=bits)
+    done = run_child(FILLS_THE_DISK, source, out, on_disk="size=256k", bits=bits)
     assert done.returncode == 0, done.stderr
     message, left = json.loads(done.stdout)
     assert message == f"cannot write {out}: the disk is full; make room or choose another disk"
